@@ -1,0 +1,259 @@
+"""Train the embedded OLMoE model: `python -m espalier.embedded.train --corpora DIR --out DIR --steps N`.
+
+bf16 autocast, grouped expert GEMMs, AdamW with a flat then linearly falling rate, the per-layer balance
+loss of `espalier.embedded.balance`. State is kept in OUT/state (safetensors and JSON); running the same
+command again resumes from it, and gives the batches that an uninterrupted run would have given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerBase
+
+from espalier.embedded.assets import text_directory
+from espalier.embedded.balance import layer_balance, router_outputs
+from espalier.embedded.documents import DOMAINS, read_jsonl
+from espalier.embedded.perplexity import perplexity, token_stream, windows
+from espalier.embedded.tokenizer import train_tokenizer
+from espalier.errors import UserError
+
+MIX = (0.35, 0.25, 0.20, 0.20)  # share of the sequences drawn from each of DOMAINS
+BALANCE = 0.01  # weight of the summed per-layer balance loss
+FLAT = 0.6  # share of the steps after which the rate falls linearly to zero
+WARM_UP = 100  # steps
+CONTEXT = 512  # positions of the model
+
+
+@dataclass(frozen=True)
+class Run:
+    """What determines a training run; written into its state, and a resumed run must agree with it."""
+
+    steps: int
+    batch: int  # sequences a step
+    length: int  # tokens a sequence
+    rate: float
+    seed: int
+    corpora: str
+
+
+def model_config(tokenizer: PreTrainedTokenizerBase) -> OlmoeConfig:
+    """The embedded architecture: 5.7M parameters, 4 layers of 16 experts, 2 of them chosen for a token."""
+    return OlmoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        num_experts=16,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def read_texts(corpora: Path | None) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """(training, validation) texts by domain from `corpora`, or the committed excerpts if it is None."""
+    root, training = (text_directory(), "calibration") if corpora is None else (corpora, "train")
+    texts: list[dict[str, list[str]]] = []
+    for split in (training, "validation"):
+        texts.append({})
+        for domain in DOMAINS:
+            path = root / domain / f"{split}.jsonl"
+            if not path.is_file():
+                raise UserError(
+                    f"{path}: no such file; --corpora wants the directory made by "
+                    "`python -m espalier.embedded.corpora`, or use --smoke for the committed excerpts"
+                )
+            texts[-1][domain] = [row["text"] for row in read_jsonl(path)]
+    return texts[0], texts[1]
+
+
+def draw_batch(streams: list[Tensor], run: Run, step: int) -> Tensor:
+    """The int64 [batch, length] tokens of a step: for each row a domain by MIX, then a place in its stream."""
+    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
+    domains = torch.multinomial(torch.tensor(MIX), run.batch, replacement=True, generator=generator)
+    rows = []
+    for domain in domains.tolist():
+        start = int(torch.randint(len(streams[domain]) - run.length, (1,), generator=generator))
+        rows.append(streams[domain][start : start + run.length])
+    return torch.stack(rows)
+
+
+def rate_at(step: int, run: Run) -> float:
+    """Learning rate of a step: linear warm-up, flat, then linear to zero."""
+    warm_up = min(WARM_UP, run.steps // 10)
+    falling = (run.steps - step) / ((1 - FLAT) * run.steps)
+    return run.rate * min(1.0, (step + 1) / (warm_up + 1), falling)
+
+
+def make_optimizer(model: OlmoeForCausalLM, rate: float) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+
+
+def train_step(
+    model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, input_ids: Tensor, routed: list
+) -> tuple[float, float]:
+    """One update on `input_ids` [B, L]; returns (cross entropy in nats, mean balance over layers)."""
+    routed.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+    balance = torch.stack([layer_balance(*output) for output in routed])
+    (loss + BALANCE * balance.sum()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item(), balance.mean().item()
+
+
+def save_state(directory: Path, model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, step: int, run: Run) -> None:
+    """Replace `directory` by the model, the optimizer's moments and the step, without pickle."""
+    partial, old = directory.with_name("state.partial"), directory.with_name("state.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    named = dict(model.named_parameters())
+    save_file({name: p.detach() for name, p in named.items()}, partial / "model.safetensors")
+    moments = {
+        f"{name}/{key}": value.clone()
+        for name, p in named.items()
+        for key, value in optimizer.state[p].items()
+    }
+    save_file(moments, partial / "optimizer.safetensors")
+    (partial / "run.json").write_text(json.dumps({"step": step, "run": asdict(run)}, indent=1), encoding="utf-8")
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(directory: Path, model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, run: Run) -> int:
+    """Restore a state written by `save_state`; returns the number of steps already done."""
+    record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    if record["run"] != asdict(run):
+        raise UserError(
+            f"{directory}: was trained with {record['run']}, asked for {asdict(run)}; "
+            "use the same options or another --out"
+        )
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in load_file(directory / "model.safetensors").items():
+            named[name].copy_(tensor)
+    for key, tensor in load_file(directory / "optimizer.safetensors").items():
+        name, _, moment = key.rpartition("/")
+        optimizer.state[named[name]][moment] = tensor
+    return record["step"]
+
+
+def export(directory: Path, model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the bf16 checkpoint and the tokenizer as `from_pretrained` reads them; `model` stays as it is."""
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    copy = OlmoeForCausalLM(model.config).to(torch.bfloat16)
+    copy.load_state_dict(model.state_dict())
+    copy.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def train(run: Run, corpora: Path | None, out: Path, save_minutes: float, report_every: int) -> dict[str, float]:
+    """Train or resume; writes OUT/tokenizer, OUT/state, OUT/model; returns validation perplexity by domain."""
+    training, validation = read_texts(corpora)
+    if (out / "tokenizer").is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    else:
+        tokenizer = train_tokenizer((text for domain in DOMAINS for text in training[domain]), CONTEXT)
+        tokenizer.save_pretrained(out / "tokenizer")
+    streams = [token_stream(training[domain], tokenizer, run.seed) for domain in DOMAINS]
+    held_out = {
+        domain: windows(token_stream(validation[domain], tokenizer, run.seed), run.length, 6144 // run.length)
+        for domain in DOMAINS
+    }
+    print("training tokens", dict(zip(DOMAINS, map(len, streams), strict=True)), flush=True)
+    torch.manual_seed(run.seed)
+    model = OlmoeForCausalLM(model_config(tokenizer))
+    model.train()
+    optimizer = make_optimizer(model, run.rate)
+    first = 0
+    if (out / "state").is_dir():
+        first = load_state(out / "state", model, optimizer, run)
+        print(f"resumed after step {first}", flush=True)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters, {torch.get_num_threads()} threads", flush=True)
+    started = saved = time.monotonic()
+    losses: list[float] = []
+    balances: list[float] = []
+    found: dict[str, float] = {}
+    with router_outputs(model) as routed:
+        for step in range(first, run.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, run)
+            loss, balance = train_step(model, optimizer, draw_batch(streams, run, step), routed)
+            losses.append(loss)
+            balances.append(balance)
+            done = step + 1
+            if done % report_every == 0 or done == run.steps:
+                found = {domain: perplexity(model, ids) for domain, ids in held_out.items()}
+                speed = (done - first) * run.batch * run.length / (time.monotonic() - started)
+                print(
+                    f"step {done} loss {sum(losses) / len(losses):.3f} balance {sum(balances) / len(balances):.3f} "
+                    f"tokens/s {speed:.0f} perplexity "
+                    + " ".join(f"{domain} {value:.2f}" for domain, value in found.items()),
+                    flush=True,
+                )
+                losses.clear()
+                balances.clear()
+            if time.monotonic() - saved > 60 * save_minutes or done == run.steps:
+                save_state(out / "state", model, optimizer, done, run)
+                export(out / "model", model, tokenizer)
+                saved = time.monotonic()
+    return found
+
+
+def main() -> None:
+    """Command line of the training."""
+    parser = argparse.ArgumentParser(prog="python -m espalier.embedded.train", description=__doc__)
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--corpora", type=Path, help="directory made by `python -m espalier.embedded.corpora`")
+    texts.add_argument("--smoke", action="store_true", help="train on the committed calibration excerpts instead")
+    parser.add_argument("--out", type=Path, required=True, help="directory of tokenizer, state and model")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save-minutes", type=float, default=4.0, help="wall minutes between two states")
+    parser.add_argument("--report-every", type=int, default=250, help="steps between two log lines")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    source = "committed calibration excerpts" if arguments.smoke else "full corpora"
+    print(f"training on the {source}", flush=True)
+    run = Run(arguments.steps, arguments.batch, arguments.length, arguments.rate, arguments.seed, source)
+    try:
+        train(run, arguments.corpora, arguments.out, arguments.save_minutes, arguments.report_every)
+    except UserError as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

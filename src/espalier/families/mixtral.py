@@ -1,0 +1,14 @@
+"""Mixtral (Mixtral-8x7B, Mixtral-8x22B): w1 gate, w3 up, w2 down; always renormalises."""
+
+from espalier.families import Family
+
+FAMILY = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    block="model.layers.{layer}.block_sparse_moe",
+    experts=("experts.{expert}.w1.weight", "experts.{expert}.w3.weight", "experts.{expert}.w2.weight"),
+    router=("gate.weight",),
+    expert_keys=("num_local_experts", "num_experts"),
+    width_key="intermediate_size",
+    renormalise=lambda config: True,
+)

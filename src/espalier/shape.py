@@ -1,0 +1,43 @@
+"""What a method may know of a model: counts and sizes, no weights, no tensor names; imports no torch."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a Mixture-of-Experts decoder.
+
+    `layers` are the decoder layers that hold a MoE block. `expert_parameters` counts one expert's weights
+    (and biases), `router_row_parameters` what one expert adds to a router. `total_parameters` counts every
+    tensor of the checkpoint once (tied embeddings once). `always_active_parameters` are those that every
+    token uses: all but the routed experts.
+    """
+
+    family: str
+    layers: tuple[int, ...]
+    experts: int  # E, routed experts per MoE block
+    top_k: int  # K, experts per token
+    hidden: int  # D
+    width: int  # F, an expert's intermediate size
+    renormalise: bool  # whether the K weights are made to sum to 1
+    expert_parameters: int
+    router_row_parameters: int
+    total_parameters: int
+    groups: int = 1  # router groups (DeepSeek-V3): each must keep the same number of experts
+
+    @property
+    def always_active_parameters(self) -> int:
+        return self.total_parameters - len(self.layers) * self.experts * self.expert_parameters
+
+    def active_parameters(self, experts_per_token: float | None = None) -> float:
+        """Parameters that one token uses, when it runs `experts_per_token` (default K) in each MoE block."""
+        k = self.top_k if experts_per_token is None else experts_per_token
+        return self.always_active_parameters + len(self.layers) * k * self.expert_parameters
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self) | {"layers": list(self.layers)}
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> "ModelShape":
+        return cls(**(document | {"layers": tuple(document["layers"])}))

@@ -1,0 +1,332 @@
+"""Content-addressed artefacts: ids, paths, atomic writes and run records; imports no torch."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from espalier.errors import UserError
+
+# Raise a stage's number when the meaning of its artefact changes (tests/golden catches a forgotten raise).
+VERSION: dict[str, int] = {
+    "fetch": 1,
+    "tokens": 1,
+    "probe": 1,
+    "collect": 1,
+    "plan": 1,
+    "apply": 1,
+    "task": 1,
+    "score": 1,
+    "table": 1,
+    "report": 1,
+}
+
+# Where each stage's artefact lies under the results folder.
+PATHS: dict[str, str] = {
+    "fetch": "models/{id}.json",
+    "tokens": "tokens/{id}.safetensors",
+    "collect": "stats/{id}.safetensors",
+    "plan": "plans/{id}.json",
+    "apply": "checkpoints/{id}",
+    "score": "scores/{id}.json",
+    "table": "tables/{id}.json",
+    "report": "reports/{id}.html",
+}
+
+
+def canonical(value: Any) -> str:
+    """Return the one JSON text of `value`: sorted keys, no spaces, floats by repr, NaN refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """Return the first 12 hex digits of sha256 over the canonical JSON of `value`."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]
+
+
+def identity(config: Any) -> Any:
+    """Return `config` without keys that start with `_`, at every depth."""
+    if isinstance(config, dict):
+        return {key: identity(value) for key, value in config.items() if not key.startswith("_")}
+    if isinstance(config, list | tuple):
+        return [identity(value) for value in config]
+    return config
+
+
+@dataclass(frozen=True)
+class Node:
+    """One artefact to be made.
+
+    `config` and `parents` (with the stage and its version) determine `id`; `label` and `made_by` do not.
+    `made_by` names the node whose job makes this one as part of a larger pass: a probe is made by a
+    `collect` node (one forward pass for many probes), a task by a `score` node (one process for many tasks).
+    """
+
+    stage: str
+    config: dict[str, Any]
+    parents: tuple[str, ...] = ()
+    label: str = ""
+    made_by: str = ""
+    runtime: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return digest([self.stage, VERSION[self.stage], identity(self.config), list(self.parents)])
+
+    def document(self) -> dict[str, Any]:
+        """Return the JSON document of `results/nodes/{id}.json`."""
+        return {
+            "format": "espalier.node/1",
+            "id": self.id,
+            "stage": self.stage,
+            "version": VERSION[self.stage],
+            "config": self.config,
+            "parents": list(self.parents),
+            "label": self.label,
+            "made_by": self.made_by,
+            "runtime": self.runtime,
+        }
+
+
+class Store:
+    """The results folder: nodes and the artefacts they stand for."""
+
+    def __init__(self, root: Path | str = "results") -> None:
+        self.root = Path(root)
+
+    def node_path(self, id: str) -> Path:
+        return self.root / "nodes" / f"{id}.json"
+
+    def read_node(self, id: str) -> dict[str, Any]:
+        """Return the node document `id`; UserError when it is missing or of an unknown format."""
+        path = self.node_path(id)
+        if not path.exists():
+            raise UserError(f"{path}: no such node. Run `espalier run EXPERIMENT -n` to write the nodes again.")
+        return read_json(path, "espalier.node/1")
+
+    def write_node(self, node: Node) -> dict[str, Any]:
+        """Write `node` unless it is there already; return the document on disk, which never changes.
+
+        The first writer decides `label`, `made_by` and `runtime`: a job that is under way keeps what it read.
+        """
+        path = self.node_path(node.id)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = _temporary(path)
+            temporary.write_text(json.dumps(node.document(), indent=1, sort_keys=True) + "\n")
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)  # unlike rename, never replaces what another process wrote first
+            temporary.unlink()
+        return self.read_node(node.id)
+
+    def path(self, node: dict[str, Any] | str) -> Path:
+        """Return where the artefact of a node (document or id) lies."""
+        document = self.read_node(node) if isinstance(node, str) else node
+        if document["made_by"]:
+            return self.path(document["made_by"])
+        return self.root / PATHS[document["stage"]].format(id=document["id"])
+
+    def parent(self, node: dict[str, Any], *stages: str) -> dict[str, Any]:
+        """Return the document of the one parent of `node` whose stage is in `stages`."""
+        found = [p for p in map(self.read_node, node["parents"]) if p["stage"] in stages]
+        if len(found) != 1:
+            raise UserError(f"node {node['id']}: {len(found)} parents of stage {'/'.join(stages)}, expected 1.")
+        return found[0]
+
+
+def read_json(path: Path, *formats: str) -> dict[str, Any]:
+    """Return the JSON object in `path`; UserError unless its `format` is one of `formats`."""
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error}). Delete it and run again.") from None
+    found = document.get("format") if isinstance(document, dict) else None
+    if found not in formats:
+        raise UserError(f"{path}: format is {found!r}, expected {' or '.join(formats)}.")
+    return dict(document)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it on success, remove it on failure.
+
+    Raises UserError when the disk is full; whatever `path` held before stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise _disk_error(error, path) from error
+    except Exception as error:
+        # safetensors reports a full disk as its own exception type, with the system's text inside.
+        if "No space left" in str(error):
+            raise _disk_error(OSError(errno.ENOSPC, str(error)), path) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; rename it on success, remove it on failure.
+
+    Raises UserError when `path` exists and is not empty (unless `replace`) or when the disk is full.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not replace:
+        raise UserError(f"{path}: exists already. Choose another output directory or remove it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if replace and path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except OSError as error:
+        raise _disk_error(error, path) from error
+    except Exception as error:
+        if "No space left" in str(error):
+            raise _disk_error(OSError(errno.ENOSPC, str(error)), path) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _disk_error(error: OSError, path: Path) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free / 1e9
+        return UserError(
+            f"{path}: no space left on the disk ({free:.2f} GB free). Nothing was kept of the unfinished file; "
+            "free some space or write elsewhere, then run again."
+        )
+    return error
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write `document` to `path` atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def content_revision(directory: Path, cache: Path | None = None) -> str:
+    """Return `sha256:` plus the hash over the names and contents of a model directory's own files.
+
+    Hashing reads every byte once; `cache` (a JSON file) remembers each file's hash by its path, size and
+    modification time, so that a 90 GB directory is read only once.
+    """
+    known: dict[str, str] = {}
+    if cache is not None and cache.exists():
+        known = read_json(cache, "espalier.hashes/1")["files"]
+    files, fresh = [], False
+    for path in sorted(directory.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or path.suffix in (".md", ".tmp"):
+            continue
+        stat = path.stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if key not in known:
+            with path.open("rb") as file:
+                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            fresh = True
+        files.append([path.name, known[key]])
+    if cache is not None and fresh:
+        write_json(cache, {"format": "espalier.hashes/1", "files": known})
+    return "sha256:" + hashlib.sha256(canonical(files).encode()).hexdigest()[:40]
+
+
+@contextlib.contextmanager
+def run_record(artefact: Path, node: dict[str, Any] | None = None, **facts: Any) -> Iterator[dict[str, Any]]:
+    """Measure the enclosed block, then write `{artefact}.run.json` (provenance; design section 4).
+
+    The yielded dictionary may be filled with further facts. Seconds are wall time; peak memory is in bytes.
+    """
+    record: dict[str, Any] = dict(facts)
+    start = time.time()
+    yield record
+    usage = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    record = {
+        "format": "espalier.run/1",
+        "node": node["id"] if node else None,
+        "parents": node["parents"] if node else [],
+        **git_state(),
+        "argv": sys.argv,
+        "versions": versions(),
+        "host": socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "device": device_name(),
+        "start": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+        "seconds": round(time.time() - start, 3),
+        "peak_rss_bytes": usage * 1024,
+        "peak_gpu_bytes": peak_gpu_bytes(),
+        **record,
+    }
+    write_json(run_record_path(artefact), record)
+
+
+def run_record_path(artefact: Path) -> Path:
+    """Return where the run record of `artefact` lies: beside it, `plan.json` -> `plan.run.json`."""
+    stem = artefact.name.removesuffix(artefact.suffix) if artefact.suffix else artefact.name
+    return artefact.with_name(f"{stem}.run.json")
+
+
+def git_state() -> dict[str, Any]:
+    """Return the commit of the source tree and whether it is dirty; None for an installed package."""
+    tree = Path(__file__).resolve().parents[2]
+    if not (tree / ".git").exists():
+        return {"commit": None, "dirty": None}
+    commit = _git(tree, "rev-parse", "HEAD")
+    return {"commit": commit or None, "dirty": bool(_git(tree, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(tree: Path, *argv: str) -> str:
+    return subprocess.run(["git", "-C", str(tree), *argv], capture_output=True, text=True).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that results depend on, as installed."""
+    found = {"python": platform.python_version()}
+    for name in ("espalier", "torch", "transformers", "safetensors", "lm_eval", "triton", "numpy", "scipy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def device_name() -> str:
+    """Return the GPU's name when torch is loaded and sees one, else the processor's."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_gpu_bytes() -> int | None:
+    """Return the peak of torch's GPU memory in bytes, or None without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return None
