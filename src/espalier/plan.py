@@ -1,7 +1,7 @@
 """The plan: which operation is done to each layer, as a small JSON document; imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -179,6 +179,10 @@ class Plan:
             evidence.setdefault(layer, {}).update(values)
         method = dict(self.method) | {"then": later.method}
         return Plan(method, layers, evidence, self.model, later.counts)
+
+    def identified(self, model: dict[str, Any], shape: ModelShape) -> "Plan":
+        """Return the plan with the `model` it is for (id, revision, family) and its parameter counts."""
+        return replace(self, model=model, counts=self.parameter_counts(shape))
 
     def document(self) -> dict[str, Any]:
         layers = {

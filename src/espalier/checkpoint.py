@@ -1,0 +1,321 @@
+"""Hugging Face checkpoint directories: read lazily from their safetensors headers, written as a stream of tensors."""
+
+import json
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from espalier.errors import UserError
+from espalier.families import Family, family_of
+from espalier.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5_000_000_000
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+# Bytes of one number of each safetensors dtype.
+ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: its shard's name, the safetensors dtype (`BF16`), its shape and bytes."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+class Checkpoint:
+    """A model directory with config.json and safetensors; opening it reads the headers only.
+
+    UserError when the directory, config.json, a shard or part of one is missing, or without safetensors.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.config = _config(self.directory)
+        self.files = _shards(self.directory)
+        self.entries: dict[str, TensorEntry] = {}
+        for file in self.files:
+            for name, entry in read_header(self.directory / file).items():
+                if name in self.entries:
+                    raise UserError(f"{self.directory}: tensor {name} lies in {self.entries[name].file} and in {file}.")
+                self.entries[name] = entry
+        self._check_index()
+        self._open: dict[str, Any] = {}
+
+    def _check_index(self) -> None:
+        if not (self.directory / INDEX).exists():
+            return
+        listed: dict[str, str] = json.loads((self.directory / INDEX).read_text())["weight_map"]
+        for name, file in listed.items():
+            if name not in self.entries or self.entries[name].file != file:
+                raise UserError(f"{self.directory / INDEX}: {file} does not hold tensor {name}. Download it again.")
+
+    @cached_property
+    def family(self) -> Family:
+        """The model's family; UserError for a dense or unknown model."""
+        return family_of(self.config)
+
+    @cached_property
+    def expert_counts(self) -> dict[int, int]:
+        """Routed experts in the files, by decoder layer with a MoE block; a layer's need not equal another's."""
+        counts = {}
+        for layer in self.family.moe_layers(self.config):
+            counts[layer] = next(e for e in count() if self.family.expert_tensors(layer, e)[0] not in self.entries)
+        return counts
+
+    def tensors_of(self, file: str) -> list[str]:
+        """Names of the tensors in one shard, in the order in which they lie there."""
+        return [name for name, entry in self.entries.items() if entry.file == file]
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """Return a tensor, read lazily from the memory-mapped shard."""
+        from safetensors import safe_open
+
+        file = self.entries[name].file
+        if file not in self._open:
+            self._open[file] = safe_open(self.directory / file, framework="pt")
+        tensor: torch.Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+    @property
+    def parameters(self) -> int:
+        """Parameters in the files: every tensor once, a tied `lm_head` and expert maps not at all."""
+        tied = bool(self.config.get("tie_word_embeddings")) and "model.embed_tokens.weight" in self.entries
+        skipped = {"lm_head.weight"} if tied else set()
+        return sum(
+            entry.size
+            for name, entry in self.entries.items()
+            if name not in skipped and not name.endswith(".expert_map")
+        )
+
+    @property
+    def always_active_parameters(self) -> int:
+        """Parameters that every token uses: all but the routed experts, whatever their number by layer."""
+        routed = sum(
+            self.entries[name].size
+            for layer, experts in self.expert_counts.items()
+            for expert in range(experts)
+            for name in self.family.expert_tensors(layer, expert)
+        )
+        return self.parameters - routed
+
+    def shape(self) -> ModelShape:
+        """Return the sizes, taken from the tensors; `experts` is the largest number in a layer where they differ.
+
+        UserError for a dense or unknown model, or when config.json disagrees with the tensors.
+        """
+        family, counts = self.family, self.expert_counts
+        where = f"{self.directory / 'config.json'}"
+        experts, layers = family.expert_count(self.config), tuple(counts)
+        if not layers:
+            raise UserError(f"{where}: no decoder layer holds a MoE block.")
+        for layer in layers:
+            if counts[layer] != experts and "espalier" not in self.config:
+                raise UserError(
+                    f"{where}: says {experts} experts, but layer {layer} holds {counts[layer]} in its shards."
+                )
+        for name in family.router_tensors(layers[0]):
+            if name not in self.entries:
+                raise UserError(f"{self.directory}: tensor {name} is missing.")
+        for key in (family.top_k_key, "hidden_size"):
+            if self.config.get(key) is None:
+                raise UserError(f"{where}: key {key!r} is missing.")
+        expert = [self.entries[name] for name in self._complete(layers[0])]
+        routers = [self.entries[name] for name in family.router_tensors(layers[0])]
+        return ModelShape(
+            family=family.model_type,
+            layers=layers,
+            experts=max(counts.values()),
+            top_k=int(self.config[family.top_k_key]),
+            hidden=int(self.config["hidden_size"]),
+            width=expert[0].shape[0],  # the gate projection is [F, D]
+            renormalise=family.renormalise(self.config),
+            expert_parameters=sum(entry.size for entry in expert),
+            router_row_parameters=sum(entry.size // entry.shape[0] for entry in routers),
+            total_parameters=self.parameters,
+        )
+
+    def _complete(self, layer: int) -> list[str]:
+        names = self.family.expert_tensors(layer, 0)
+        for name in names:
+            if name not in self.entries:
+                raise UserError(f"{self.directory}: tensor {name} is missing.")
+        return names
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Name a Hugging Face model directory.")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error}). Download it again.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds no JSON object. Download it again.")
+    return config
+
+
+def _shards(directory: Path) -> list[str]:
+    """Return the names of the safetensors files that make up the model, in order."""
+    index = directory / INDEX
+    if index.exists():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index}: not an index of shards ({error!r}). Download it again.") from None
+        missing = [file for file in files if not (directory / file).is_file()]
+        if missing:
+            raise UserError(
+                f"{directory}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:3])}. "
+                f"{INDEX} names them; download the model again."
+            )
+        return files
+    files = [SINGLE] if (directory / SINGLE).is_file() else sorted(p.name for p in directory.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if files:
+        raise UserError(f"{directory}: {len(files)} shards but no {INDEX}. Download the model again.")
+    others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".h5", ".gguf"))
+    found = f"only {', '.join(others[:3])}" if others else "no weights"
+    raise UserError(
+        f"{directory}: no safetensors weights, {found}. Convert the model: "
+        "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW) writes safetensors."
+    )
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of one safetensors file in the order of their bytes.
+
+    UserError when the file is cut short, holds more than its header says, or is no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if start.startswith(b"version "):
+            raise UserError(f"{path}: a Git LFS pointer, not the weights. Run `git lfs pull` in {path.parent}.")
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise UserError(f"{path}: not a safetensors file or a truncated shard ({size} bytes). Download it again.")
+        raw = file.read(length)
+    if len(raw) < length:
+        raise UserError(f"{path}: truncated shard, {size} bytes of at least {8 + length}. Download it again.")
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        spans = sorted((*values["data_offsets"], name) for name, values in header.items())
+        entries = {
+            name: TensorEntry(path.name, header[name]["dtype"], tuple(header[name]["shape"]), stop - start)
+            for start, stop, name in spans
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a safetensors header ({error!r}). Download it again.") from None
+    expected = 8 + length + max((stop for _, stop, _ in spans), default=0)
+    if size != expected:
+        what = "truncated shard" if size < expected else "longer than its header says"
+        raise UserError(f"{path}: {what}, {size} bytes instead of {expected}. Download it again.")
+    return entries
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written: what the header says, and the function that makes it when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    make: "Callable[[], torch.Tensor]"
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class ShardWriter:
+    """Writes safetensors shards of at most `limit` bytes and their index, one tensor in memory at a time.
+
+    `shards` are those of the source; an empty one is left out, one over the limit is divided.
+    """
+
+    def __init__(self, shards: Iterable[list[OutputTensor]], limit: int = SHARD_BYTES) -> None:
+        self.shards = [part for shard in shards for part in _divide(shard, limit)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without the headers."""
+        return sum(tensor.nbytes for shard in self.shards for tensor in shard)
+
+    def write(self, directory: Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Write the files into `directory` and return their names; `progress` hears (bytes done, bytes in all)."""
+        n = len(self.shards)
+        names = [SINGLE] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+        done, total = 0, self.nbytes
+        for name, shard in zip(names, self.shards, strict=True):
+            # Aligned as the safetensors library does it: wide numbers first.
+            ordered = sorted(shard, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
+            with (directory / name).open("wb") as file:
+                file.write(_header(ordered))
+                for tensor in ordered:
+                    file.write(_bytes(tensor))
+                    done += tensor.nbytes
+                    if progress is not None:
+                        progress(done, total)
+        if n > 1:
+            weight_map = {tensor.name: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        return names
+
+
+def _divide(shard: list[OutputTensor], limit: int) -> list[list[OutputTensor]]:
+    parts: list[list[OutputTensor]] = []
+    room = 0
+    for tensor in shard:
+        if not parts or tensor.nbytes > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(tensor)
+        room -= tensor.nbytes
+    return parts
+
+
+def _header(tensors: list[OutputTensor]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    offset = 0
+    for tensor in tensors:
+        stop = offset + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _bytes(tensor: OutputTensor) -> memoryview:
+    import torch
+
+    made = tensor.make()
+    raw = made.contiguous().reshape(-1).view(torch.uint8)
+    if tuple(made.shape) != tensor.shape or raw.numel() != tensor.nbytes:
+        raise ValueError(f"{tensor.name}: made {made.dtype} {made.shape}, announced {tensor.dtype} {tensor.shape}")
+    return raw.numpy().data

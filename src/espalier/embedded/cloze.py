@@ -1,0 +1,85 @@
+"""Four-choice continuation items from held-out documents.
+
+The context is 64 tokens of a document, the true continuation its next 32; the other three choices are the true
+continuations of items from other documents of the domain, so nothing but the context tells them apart.
+"""
+
+from __future__ import annotations
+
+import random
+
+from transformers import PreTrainedTokenizerBase
+
+CONTEXT = 64  # tokens
+CONTINUATION = 32  # tokens
+CHOICES = 4
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _sane(tokenizer: PreTrainedTokenizerBase, context: list[int], continuation: list[int]) -> bool:
+    """Whether the cut keeps whole characters and both sides tokenise alike alone and together."""
+    before, after = _text(tokenizer, context), _text(tokenizer, continuation)
+    return (
+        "\ufffd" not in before + after
+        and before == before.rstrip()  # lm-eval moves trailing white space into the continuation
+        and after[:1] in (" ", "\n")
+        and tokenizer(before)["input_ids"] == context
+        and tokenizer(after)["input_ids"] == continuation
+        and tokenizer(before + after)["input_ids"] == context + continuation
+    )
+
+
+def windows_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """Disjoint (context, continuation) pairs of one document, each starting at a word's or line's start."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    found = []
+    start = 0
+    while start + CONTEXT + CONTINUATION <= len(ids):
+        middle, end = start + CONTEXT, start + CONTEXT + CONTINUATION
+        context, continuation = ids[start:middle], ids[middle:end]
+        if (start == 0 or _text(tokenizer, context)[0].isspace()) and _sane(tokenizer, context, continuation):
+            found.append((_text(tokenizer, context), _text(tokenizer, continuation)))
+            start = end
+        else:
+            start += 1
+    return found
+
+
+def cloze_items(
+    documents: list[dict], tokenizer: PreTrainedTokenizerBase, domain: str, count: int, seed: int
+) -> list[dict]:
+    """At most `count` items {id, document, context, choices, gold}, gold positions balanced to within one."""
+    generator = random.Random(f"{seed}/{domain}")
+    windows = [
+        (document["id"], number, context, continuation)
+        for document in documents
+        for number, (context, continuation) in enumerate(windows_of(document["text"], tokenizer))
+    ]
+    generator.shuffle(windows)
+    unique = {continuation: window for *window, continuation in reversed(windows)}
+    windows = [(*window, continuation) for continuation, window in unique.items()][::-1][:count]
+    golds = [position % CHOICES for position in range(len(windows))]
+    generator.shuffle(golds)
+    items = []
+    for (document, number, context, continuation), gold in zip(windows, golds, strict=True):
+        others = [other for name, _, _, other in windows if _file(name) != _file(document)]
+        choices = generator.sample(others, CHOICES - 1)
+        choices.insert(gold, continuation)
+        items.append(
+            {
+                "id": f"{document}/{number}",
+                "document": document,
+                "context": context,
+                "choices": choices,
+                "gold": gold,
+            }
+        )
+    return items
+
+
+def _file(document: str) -> str:
+    """A document's id without the number of the piece that it is."""
+    return document.partition("#")[0]

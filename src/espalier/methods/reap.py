@@ -1,0 +1,43 @@
+"""REAP: keep the experts of the largest mean router-weighted output norm over the tokens that chose them.
+
+Lasby et al., ICLR 2026 (arXiv 2510.13999), equation 9; X_e = {t : e in TopK(t)}:
+
+    score_e = 1 / |X_e| * sum_{t in X_e} g_e(t) ||y_e(t)||_2
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from numpy.typing import NDArray
+
+from espalier.methods.options import one_of
+from espalier.methods.ranking import keep_best, mean
+from espalier.plan import Plan
+from espalier.shape import ModelShape
+from espalier.stats import Stats
+
+
+@dataclass(frozen=True)
+class Reap:
+    """Keep the experts that add most to the block's output when they are chosen.
+
+    `weights="model"`: g is the weight that the model's router gives (the K of them scaled to sum to 1 where
+    the model does so). `weights="published"`: g is the softmax probability over all E logits, never scaled;
+    so REAP's code runs Mixtral, although Mixtral itself scales. An expert that no token chose scores 0.
+    """
+
+    ratio: float
+    weights: str = "model"
+    probes: ClassVar[tuple[str, ...]] = ("output_norm",)
+
+    def __post_init__(self) -> None:
+        one_of("reap", "weights", self.weights, ("model", "published"))
+
+    def plan(self, stats: Stats, shape: ModelShape) -> Plan:
+        return keep_best({"name": "reap"} | asdict(self), self._scores(stats), shape)
+
+    def _scores(self, stats: Stats) -> Iterator[tuple[int, NDArray[Any]]]:
+        total = "gate_norm_sum" if self.weights == "model" else "probability_norm_sum"
+        for layer, arrays in stats.layers("output_norm"):
+            yield layer, mean(arrays[total], arrays["counts"])

@@ -1,0 +1,27 @@
+"""Soft counting: keep the experts that receive the most router probability.
+
+The soft count of SEER-MoE (Muzio, Sun and He, 2024, arXiv 2404.05089), layer by layer; HC-SMoE's S-prune
+sums the same scores but ranks them over all layers:
+
+    score_e = sum_t p_e(t),   p(t) = softmax over all E logits
+"""
+
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from espalier.methods.ranking import keep_best
+from espalier.plan import Plan
+from espalier.shape import ModelShape
+from espalier.stats import Stats
+
+
+@dataclass(frozen=True)
+class SoftCount:
+    """Keep the experts of the highest summed router probability over all tokens, chosen or not."""
+
+    ratio: float
+    probes: ClassVar[tuple[str, ...]] = ("usage",)
+
+    def plan(self, stats: Stats, shape: ModelShape) -> Plan:
+        scores = ((layer, arrays["probability_sum"]) for layer, arrays in stats.layers("usage"))
+        return keep_best({"name": "soft_count"} | asdict(self), scores, shape)

@@ -1,0 +1,88 @@
+"""A causal language model whose experts were merged, pruned or are skipped by token; made by Espalier.
+
+This file lies in the checkpoint's directory and needs torch and transformers only:
+`AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)`. It is the stock class with three
+changes, read from `espalier` in config.json: a layer may hold another number of experts than the others, its
+router may choose among more experts than are stored (`expert_map` says which stored expert each one became),
+and a token may run fewer experts than the router chose (`skip`).
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MixtralForCausalLM as StockForCausalLM
+
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class EspalierForCausalLM(StockForCausalLM):  # type: ignore[misc]
+    """The stock model with the MoE blocks that `config.espalier` describes."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        settings = config.espalier
+        for index, layer in settings["layers"].items():
+            block = getattr(self.model.layers[int(index)], settings["module"])
+            router = getattr(block, settings["router"])
+            std = config.initializer_range
+            _resize(block.experts, layer["experts"], std)
+            _resize(router, layer["router_experts"], std)
+            if layer["remap"]:
+                experts = torch.arange(layer["router_experts"]) % layer["experts"]
+                block.register_buffer("expert_map", experts)
+                self.num_experts = layer["router_experts"]  # the auxiliary loss counts the router's experts
+            if layer["remap"] or layer["skip"]:
+                # Makes transformers' kernels treat an index of `num_experts` as "no expert".
+                block.experts._is_expert_parallel = True
+                block.experts.register_forward_pre_hook(partial(_route, block=block, skip=layer["skip"]))
+
+
+def _resize(module: Any, experts: int, std: float) -> None:
+    """Give the tensors of a router or of stacked experts `experts` rows, newly drawn; from_pretrained fills them."""
+    for name, tensor in list(module.named_parameters(recurse=False)):
+        if tensor.shape[0] == module.num_experts != experts:
+            rows = tensor.new_empty(experts, *tensor.shape[1:]).normal_(std=std)
+            setattr(module, name, nn.Parameter(rows))
+    module.num_experts = experts
+
+
+def _route(experts: Any, inputs: Routed, *, block: Any, skip: dict[str, Any] | None) -> Routed:
+    """Turn the router's choice into what runs: hidden [T, D], indices [T, K] and weights [T, K] of stored experts.
+
+    Each expert runs once a token: a token's later entries of the same stored expert, and skipped ones, get the
+    index `num_experts`, which means none, and weight 0.
+    """
+    hidden, indices, routing = inputs
+    weights = routing.float()
+    kept = torch.ones_like(indices, dtype=torch.bool)
+    if skip is not None:
+        weights, order = weights.sort(dim=-1, descending=True, stable=True)
+        indices = indices.gather(-1, order)
+        kept = _kept(weights, skip)
+        weights = weights * kept
+        if skip["renormalise"]:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+    if hasattr(block, "expert_map"):
+        indices = block.expert_map[indices]
+        same = (indices[:, :, None] == indices[:, None, :]) & kept[:, None, :]  # [T, K, K]
+        weights = (same * weights[:, None, :]).sum(dim=-1)
+        kept = kept & ~same.tril(diagonal=-1).any(dim=-1)
+    indices = indices.masked_fill(~kept, experts.num_experts)
+    return hidden, indices, weights.masked_fill(~kept, 0.0).to(routing.dtype)
+
+
+def _kept(weights: torch.Tensor, skip: dict[str, Any]) -> torch.Tensor:
+    """Which of the K experts a token runs, [T, K], for weights that descend (NAEE, arXiv 2402.14800).
+
+    `ratio` drops the second of two when w2 < beta * w1 (section 3.3). `tail` keeps the smallest i with
+    w_{i+1} + ... + w_K <= beta * (w_1 + ... + w_K) (appendix A.2).
+    """
+    if skip["rule"] == "ratio":
+        kept: torch.Tensor = weights >= skip["beta"] * weights[:, :1]
+    else:
+        tail = weights.flip(-1).cumsum(-1).flip(-1)  # w_i + ... + w_K
+        kept = tail > skip["beta"] * tail[:, :1]
+    kept[:, 0] = True
+    return kept

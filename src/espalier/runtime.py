@@ -1,0 +1,200 @@
+"""Loaded models: load a checkpoint, change a stock model in memory as a plan says, count the experts that run."""
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from espalier.checkpoint import Checkpoint
+from espalier.errors import UserError
+from espalier.families import Family
+from espalier.plan import Keep, Merge, Plan, Skip
+
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def load(
+    directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu", trust: bool | None = None
+) -> nn.Module:
+    """Return the model in eval mode; `dtype` is a torch dtype, its name, or `auto` for the checkpoint's own.
+
+    The directory's own code is trusted only where Espalier wrote it (config.json has `espalier`), unless
+    `trust` says otherwise. UserError when tensors are missing or of another shape than config.json says.
+    """
+    model, loading = load_with_info(directory, dtype, device, trust)
+    for what in ("missing_keys", "mismatched_keys"):
+        if loading[what]:
+            raise UserError(f"{directory}: {what.replace('_', ' ')} {loading[what][:3]}. Download or apply it again.")
+    return model
+
+
+def load_with_info(
+    directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu", trust: bool | None = None
+) -> tuple[nn.Module, dict[str, list[Any]]]:
+    """Return the model and transformers' lists `missing_keys`, `unexpected_keys`, `mismatched_keys`, sorted."""
+    from transformers import AutoModelForCausalLM
+
+    config = Checkpoint(directory).config
+    trusted = "espalier" in config if trust is None else trust
+    if trusted and "auto_map" in config:
+        _cache_code(directory, config["auto_map"]["AutoModelForCausalLM"])
+    # batched_mm, which transformers may choose elsewhere, copies each token's experts: 40 times slower on a CPU.
+    kernel = {"experts_implementation": "grouped_mm"} if torch.device(device).type == "cpu" else {}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=trusted, output_loading_info=True, local_files_only=True, **kernel
+        )
+    except RuntimeError as error:
+        raise UserError(f"{directory}: transformers cannot load it: {str(error).strip().splitlines()[-1]}") from error
+    return model.to(device).eval(), {what: sorted(map(str, loading[what])) for what in loading if loading[what]} | {
+        what: [] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if not loading.get(what)
+    }
+
+
+def _cache_code(directory: Path, reference: str) -> None:
+    """Let transformers copy the directory's code to its cache, one process at a time: it copies in place."""
+    from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_class_from_dynamic_module
+
+    cache = Path(HF_MODULES_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".espalier.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        get_class_from_dynamic_module(reference, str(directory))
+
+
+def moe_blocks(model: nn.Module, family: Family) -> dict[int, nn.Module]:
+    """Return the MoE block of each decoder layer that has one."""
+    found = {}
+    for layer, decoder in enumerate(model.model.layers):
+        block = getattr(decoder, family.module)
+        if hasattr(block, "experts"):
+            found[layer] = block
+    return found
+
+
+def live(model: nn.Module, plan: Plan, family: Family) -> nn.Module:
+    """Change a loaded model in memory to do what `plan` says, in the plainest way, and return it.
+
+    A reference for what `apply` writes: survivors' rows are copied out; a merged group's weights stand in each
+    member's place under the stock router, which then runs them as often as it chooses a member; skipping
+    sets routing weights to 0, one token at a time.
+    """
+    blocks = moe_blocks(model, family)
+    for layer, operations in plan.layers.items():
+        block = blocks[layer]
+        router = getattr(block, family.router_module)
+        for operation in operations:
+            if isinstance(operation, Keep):
+                _select(block.experts, operation.experts)
+                _select(router, operation.experts)
+            elif isinstance(operation, Merge):
+                _merge(block.experts, operation)
+                if operation.router == "slice":
+                    first = tuple(group[0] for group in operation.groups)
+                    _select(block.experts, first)
+                    _select(router, first)
+            else:
+                renormalise = family.renormalise(model.config.to_dict())
+                router.register_forward_hook(partial(_skip, operation=operation, renormalise=renormalise))
+    return model
+
+
+def _select(module: Any, experts: tuple[int, ...]) -> None:
+    for name, tensor in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(tensor.detach()[list(experts)].clone(), requires_grad=False))
+    module.num_experts = len(experts)
+
+
+@torch.no_grad()
+def _merge(experts: Any, merge: Merge) -> None:
+    for tensor in experts.parameters(recurse=False):  # [E, ...]
+        for group, weights in zip(merge.groups, merge.weights, strict=True):
+            if len(group) > 1:
+                merged = sum(w * tensor[e].double() for e, w in zip(group, weights, strict=True))
+                for expert in group:
+                    tensor[expert] = merged
+
+
+def _skip(router: nn.Module, inputs: Any, output: Routed, *, operation: Skip, renormalise: bool) -> Routed:
+    logits, weights, indices = output
+    changed = weights.float().clone()
+    for row in changed:  # one token's K weights
+        order = row.argsort(descending=True, stable=True)
+        descending = row[order].clone()
+        keep = next(i for i in range(1, len(row) + 1) if _enough(descending, i, operation))
+        row[order[keep:]] = 0
+        if renormalise:
+            row /= row.sum()
+    return logits, changed.to(weights.dtype), indices
+
+
+def _enough(weights: torch.Tensor, kept: int, skip: Skip) -> bool:
+    """Whether the first `kept` of K descending weights suffice by the rule."""
+    if kept == len(weights):
+        return True
+    if skip.rule == "ratio":
+        return bool(weights[1] < skip.beta * weights[0])
+    return bool(weights[kept:].sum() <= skip.beta * weights.sum())
+
+
+class ActiveCount:
+    """Distinct experts run, by layer, over the tokens counted so far.
+
+    `mask` [N, L] (non-zero = count) is for callers that do not pass an attention mask to the model; it must
+    then be set before each forward.
+    """
+
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+        self.tokens: dict[int, int] = {}
+        self.runs: dict[int, int] = {}
+        self._current: torch.Tensor | None = None
+
+    def means(self) -> dict[int, float]:
+        """Mean number of distinct experts that a token ran, by layer."""
+        return {layer: self.runs[layer] / tokens for layer, tokens in self.tokens.items() if tokens}
+
+    def _see_mask(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("attention_mask")
+        mask = self.mask if given is None else given
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if mask is not None and ids is not None:
+            mask = mask[:, -ids.shape[1] :]  # with a cache the mask covers the past too
+        self._current = None if mask is None else mask.bool().reshape(-1)
+
+    def _see_experts(self, experts: Any, inputs: Routed, *, layer: int) -> None:
+        indices = inputs[1]  # [T, K]
+        if self._current is not None:
+            if len(self._current) != len(indices):
+                raise ValueError(f"the mask has {len(self._current)} tokens, layer {layer} runs {len(indices)}")
+            indices = indices[self._current.to(indices.device)]
+        ordered = indices.sort(dim=-1).values
+        new = torch.ones_like(ordered, dtype=torch.bool)
+        new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        runs = new & (ordered < experts.num_experts)  # an index of num_experts means "no expert"
+        self.tokens[layer] = self.tokens.get(layer, 0) + len(indices)
+        self.runs[layer] = self.runs.get(layer, 0) + int(runs.sum())
+
+
+@contextlib.contextmanager
+def count_active(model: nn.Module, family: Family) -> Iterator[ActiveCount]:
+    """Count the experts that each token runs in the forwards inside, of stock and of Espalier's own models.
+
+    Masked tokens do not count: those that the 2-D `attention_mask` given to the model excludes, else those
+    that `ActiveCount.mask` does.
+    """
+    counter = ActiveCount()
+    handles = [model.register_forward_pre_hook(counter._see_mask, with_kwargs=True)]
+    for layer, block in moe_blocks(model, family).items():
+        # After the shipped code's own hook, which was registered in __init__: sees what really runs.
+        handles.append(block.experts.register_forward_pre_hook(partial(counter._see_experts, layer=layer)))
+    try:
+        yield counter
+    finally:
+        for handle in handles:
+            handle.remove()

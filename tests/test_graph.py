@@ -1,0 +1,144 @@
+"""Experiments become nodes: sweeps crossed and zipped, shared parents, bundles that never move."""
+
+from collections import Counter
+
+import pytest
+
+from espalier import graph
+from espalier.errors import UserError
+from espalier.store import Store
+
+
+def stages(experiment):
+    return Counter(node.stage for node in experiment.nodes)
+
+
+def project(tmp_path, monkeypatch, sweep, name="mine", rest=""):
+    """A copy of conf/ with one more experiment, as the working directory."""
+    import shutil
+
+    from espalier import conf
+
+    if not (tmp_path / "conf").exists():
+        shutil.copytree(conf.directory(), tmp_path / "conf")
+    monkeypatch.chdir(tmp_path)
+    text = f"# @package _global_\nevaluation: {{tasks: [perplexity_maths, maths_choice], limit: 4}}\n{rest}\nsweep:\n"
+    (tmp_path / "conf/experiment" / f"{name}.yaml").write_text(text + "".join(f"  - {line}\n" for line in sweep))
+    return Store(tmp_path / "results")
+
+
+def test_points_cross_and_zip():
+    sweep = [{"a": [1, 2], "b": ["x", "y"]}, {"c": 3, "zip": {"d": [4, 5], "e": [6, 7]}}, {}]
+    assert list(graph.points(sweep)) == [
+        {"a": 1, "b": "x"},
+        {"a": 1, "b": "y"},
+        {"a": 2, "b": "x"},
+        {"a": 2, "b": "y"},
+        {"c": 3, "d": 4, "e": 6},
+        {"c": 3, "d": 5, "e": 7},
+        {},
+    ]
+
+
+def test_zip_needs_equal_lengths():
+    with pytest.raises(UserError, match=r"'d': 2, 'e': 1"):
+        list(graph.points([{"zip": {"d": [4, 5], "e": [6]}}]))
+
+
+def test_calibration_is_shared_over_methods_and_ratios(tmp_path, monkeypatch):
+    sweep = ["method: none", "{method: [reap, frequency, hc_smoe], method.ratio: [0.25, 0.5]}"]
+    store = project(tmp_path, monkeypatch, sweep)
+    experiment = graph.expand("mine", [], store)
+    found = stages(experiment)
+    assert (found["fetch"], found["tokens"], found["plan"], found["apply"]) == (1, 1, 6, 6)
+    assert found["task"] == 7 * 2
+    graph.save(experiment, store)
+    written = Counter(store.read_node(path.stem)["stage"] for path in (tmp_path / "results/nodes").iterdir())
+    assert (written["collect"], written["score"]) == (1, 7)  # one forward pass, one process a checkpoint
+
+
+def test_every_composed_value_reaches_its_node(tmp_path, monkeypatch):
+    store = project(tmp_path, monkeypatch, ["{method: hc_smoe, method.linkage: [single, ward], method.ratio: 0.5}"])
+    plans = [node for node in graph.expand("mine", [], store).nodes if node.stage == "plan"]
+    assert [plan.config["linkage"] for plan in plans] == ["single", "ward"]
+    assert [plan.label for plan in plans] == ["hc_smoe 50 % linkage=single", "hc_smoe 50 % linkage=ward"]
+
+
+def test_skipping_after_pruning_observes_the_pruned_model(tmp_path, monkeypatch):
+    store = project(tmp_path, monkeypatch, ["{method: naee, method.ratio: 0.5, method@then: naee_skip}"])
+    nodes = {node.id: node for node in graph.expand("mine", [], store).nodes}
+    first, second = [node for node in nodes.values() if node.stage == "apply"]
+    (probe,) = [n for n in nodes.values() if n.stage == "probe" and n.config["probe"] == "gate_ratio"]
+    assert first.id in probe.parents
+    assert second.parents[0] == first.id
+
+
+def test_a_new_method_leaves_probes_with_the_node_that_made_them(tmp_path, monkeypatch):
+    store = project(tmp_path, monkeypatch, ["{method: reap, method.ratio: 0.5}"])
+    graph.save(graph.expand("mine", [], store), store)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "results/nodes").iterdir()}
+    project(tmp_path, monkeypatch, ["{method: [reap, hc_smoe, naee_skip], method.ratio: 0.5}"], "more")
+    (tmp_path / "conf/experiment/more.yaml").write_text(
+        (tmp_path / "conf/experiment/mine.yaml").read_text() + "  - {method: hc_smoe, method.ratio: 0.5}\n"
+    )
+    graph.save(graph.expand("more", [], store), store)
+    after = {path.name: path.read_bytes() for path in (tmp_path / "results/nodes").iterdir()}
+    assert {name: after[name] for name in before} == before
+    fresh = [store.read_node(name.removesuffix(".json")) for name in set(after) - set(before)]
+    (collect,) = [node for node in fresh if node["stage"] == "collect"]
+    assert collect["config"]["probes"] == ["mean_output"]
+
+
+def test_runtime_and_tracking_change_no_id(tmp_path, monkeypatch):
+    store = project(tmp_path, monkeypatch, ["{method: reap, method.ratio: 0.5}"])
+    plain = graph.expand("mine", [], store)
+    other = graph.expand("mine", ["runtime.collect_batch_size=1", "tracking=offline"], store)
+    assert [node.id for node in plain.nodes] == [node.id for node in other.nodes]
+    assert graph.save_run(plain, store) != graph.save_run(other, store)
+
+
+def test_a_path_is_a_calibration(tmp_path, monkeypatch):
+    (tmp_path / "my.safetensors").write_bytes(b"tokens")
+    store = project(tmp_path, monkeypatch, ["{method: reap, method.ratio: 0.5}"])
+    experiment = graph.expand("mine", ["calibration=my.safetensors"], store)
+    (tokens,) = [node for node in experiment.nodes if node.stage == "tokens"]
+    assert tokens.config["path"] == str(tmp_path / "my.safetensors")
+    (tmp_path / "my.safetensors").write_bytes(b"other tokens")
+    (changed,) = [n for n in graph.expand("mine", ["calibration=my.safetensors"], store).nodes if n.stage == "tokens"]
+    assert changed.id != tokens.id
+
+
+@pytest.mark.parametrize(
+    ("sweep", "overrides", "message"),
+    [
+        (["{method: reep, method.ratio: 0.5}"], [], "did you mean reap"),
+        (["{method: reap, method.rato: 0.5}"], [], "did you mean ratio"),
+        (["{method: reap, method.ratio: 0.5}"], ["model=mixtrall_8x7b"], "did you mean mixtral_8x7b"),
+        (["{method: reap, method.ratio: 0.5}"], ["nothing.here=1"], "nothing"),
+        (["{zip: {method.ratio: [0.1, 0.2], seed: [1]}}"], [], "different lengths"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, sweep, overrides, message):
+    store = project(tmp_path, monkeypatch, sweep)
+    with pytest.raises(UserError, match=message) as caught:
+        graph.expand("mine", overrides, store)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_unknown_experiment_names_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="did you mean demo"):
+        graph.expand("dmo", [], Store(tmp_path))
+
+
+def test_large_sweeps_compose_once_per_choice_of_groups(tmp_path, monkeypatch):
+    import hydra
+
+    ratios = [round(0.001 * n, 3) for n in range(1, 501)]
+    store = project(tmp_path, monkeypatch, [f"{{method: [reap, frequency], method.ratio: {ratios}}}"])
+    calls = []
+    compose = hydra.compose
+    monkeypatch.setattr(hydra, "compose", lambda *a, **k: calls.append(a) or compose(*a, **k))
+    experiment = graph.expand("mine", [], store)
+    assert stages(experiment)["plan"] == 1000
+    assert len(calls) == 3  # the experiment itself, and one a method

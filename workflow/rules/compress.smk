@@ -1,0 +1,87 @@
+rule tokens:
+    input:
+        parents,
+    output:
+        RESULTS + "/tokens/{id}.safetensors",
+    log:
+        RESULTS + "/logs/tokens/{id}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    message:
+        "tokens {wildcards.id}: {params.label}"
+    params:
+        label=label,
+        results=RESULTS,
+    shell:
+        "OMP_NUM_THREADS={threads} python -m espalier tokens {wildcards.id} --results {params.results}"
+        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+
+
+rule collect:
+    input:
+        parents,
+    output:
+        RESULTS + "/stats/{id}.safetensors",
+    log:
+        RESULTS + "/logs/collect/{id}.log",
+    conda:
+        "../../environment.yml"
+    threads: 2
+    resources:
+        mem_mb=8000,
+        runtime=240,
+    message:
+        "collect {wildcards.id}: {params.label}"
+    params:
+        label=label,
+        results=RESULTS,
+    shell:
+        "OMP_NUM_THREADS={threads} python -m espalier collect {wildcards.id} --results {params.results}"
+        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+
+
+rule plan:
+    input:
+        parents,
+    output:
+        RESULTS + "/plans/{id}.json",
+    log:
+        RESULTS + "/logs/plan/{id}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    message:
+        "plan {wildcards.id}: {params.label}"
+    params:
+        label=label,
+        results=RESULTS,
+    shell:
+        "OMP_NUM_THREADS={threads} python -m espalier plan {wildcards.id} --results {params.results}"
+        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+
+
+rule apply:
+    input:
+        parents,
+    output:
+        directory(RESULTS + "/checkpoints/{id}"),
+    log:
+        RESULTS + "/logs/apply/{id}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=8000,
+        runtime=120,
+    message:
+        "apply {wildcards.id}: {params.label}"
+    params:
+        label=label,
+        results=RESULTS,
+    shell:
+        "OMP_NUM_THREADS={threads} python -m espalier apply {wildcards.id} --results {params.results}"
+        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"

@@ -1,0 +1,20 @@
+rule score:
+    input:
+        parents,
+    output:
+        RESULTS + "/scores/{id}.json",
+    log:
+        RESULTS + "/logs/score/{id}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=8000,
+        runtime=240,
+    message:
+        "score {wildcards.id}: {params.label}"
+    params:
+        label=label,
+        results=RESULTS,
+    shell:
+        "OMP_NUM_THREADS={threads} python -m espalier score {wildcards.id} --results {params.results}"
+        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
