@@ -45,7 +45,7 @@ format: env
 	$(BIN)/ruff format .
 
 docs: env
-	$(BIN)/python docs/build.py --out results/site
+	$(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf results .pytest_cache .mypy_cache .ruff_cache .snakemake

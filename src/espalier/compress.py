@@ -18,6 +18,8 @@ from espalier.progress import Progress
 from espalier.shape import ModelShape
 from espalier.stats import Stats
 
+Tokens = tuple[Any, Any, dict[str, Any]]  # input_ids [N, L], attention_mask [N, L] or None, facts
+
 
 @dataclass(frozen=True)
 class Step:
@@ -76,17 +78,20 @@ def compress(
     shape = Checkpoint(source).shape()
     for step in steps:
         step.check(shape)
-    _check_space(source, steps, shape, out)
+    _check_space(source, steps, out)
     calibration_config = calibration_of(str(calibration))
     ids, mask, facts = _tokens(calibration_config, source)
     identity = {"id": id, "revision": _revision(id, model_config.get("revision"), results), "family": shape.family}
-    card = {"calibration": f"{calibration_config['name']} ({facts})" if any(s.method.probes for s in steps) else None}
-    loading = {"dtype": dtype or model_config.get("dtype", "auto"), "device": device or "auto"}
+    card: dict[str, Any] = {"calibration": None}
+    if any(step.method.probes for step in steps):
+        name = Path(calibration_config.get("path") or calibration_config["name"]).name
+        card["calibration"] = f"{name}, {ids.shape[0]} sequences of {ids.shape[1]} tokens"
+    loading: dict[str, Any] = {"dtype": dtype or model_config.get("dtype", "auto"), "device": device or _device()}
     reports = []
     with _work_folder(out, keep_work) as work:
         current = source
         for n, step in enumerate(steps):
-            stats = _collect(step, current, (ids, mask), batch_size, loading, tell)
+            stats = _collect(step, current, (ids, mask, facts), batch_size, loading, tell)
             plan = _plan(step, stats, current, identity)
             if keep_work:
                 _keep(work, f"{n}-{step.name}", stats, plan, (ids, mask, facts))
@@ -127,9 +132,7 @@ def _step(name: str, settings: dict[str, Any]) -> Step:
     for key in ("name", "_target_"):
         if key in settings:
             raise UserError(f"conf/method/{name}.yaml: key {key!r} cannot be set here.")
-    # Keys such as `seed: ${seed}` refer to the whole configuration, of which there is none here.
-    plain = {key: 0 if value == "${seed}" else value for key, value in config.items()}
-    merged = plain | settings
+    merged = config | settings
     return Step(merged, methods.build(merged))
 
 
@@ -144,10 +147,10 @@ def calibration_of(name: str) -> dict[str, Any]:
     raise UserError(f"calibration={name}: no conf/calibration/{name}.yaml and no such file; {known}.")
 
 
-def _check_space(source: Path, steps: list[Step], shape: ModelShape, out: Path) -> None:
+def _check_space(source: Path, steps: list[Step], out: Path) -> None:
     from espalier.estimate import checkpoint_bytes
 
-    needed = checkpoint_bytes(source, shape, [getattr(step.method, "ratio", None) for step in steps])
+    needed = checkpoint_bytes(source, [getattr(step.method, "ratio", None) for step in steps])
     existing = next(parent for parent in out.resolve().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -157,11 +160,19 @@ def _check_space(source: Path, steps: list[Step], shape: ModelShape, out: Path) 
         )
 
 
-def _tokens(calibration: dict[str, Any], source: Path) -> tuple[Any, Any, dict[str, Any]]:
-    from espalier.tokens import make_tokens
+def _tokens(calibration: dict[str, Any], source: Path) -> Tokens:
+    from espalier import tokens
 
-    ids, mask, facts = make_tokens(calibration, source)
-    return ids, mask, facts
+    path = Path(str(calibration.get("path")))
+    if calibration["source"] == "file" and path.suffix in tokens.TOKEN_FILES:
+        return tokens.load_tokens(path, int(Checkpoint(source).config["vocab_size"]))
+    return tokens.make_tokens(calibration, source)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _revision(id: str, revision: str | None, results: Path) -> str | None:
@@ -176,9 +187,9 @@ def _revision(id: str, revision: str | None, results: Path) -> str | None:
 def _collect(
     step: Step,
     source: Path,
-    tokens: tuple[Any, Any],
+    tokens: Tokens,
     batch_size: int,
-    loading: dict[str, str],
+    loading: dict[str, Any],
     tell: Progress,
 ) -> Stats:
     checkpoint = Checkpoint(source)
@@ -188,7 +199,7 @@ def _collect(
     from espalier import runtime
     from espalier.collect import collect
 
-    ids, mask = tokens
+    ids, mask, _ = tokens
     tell(f"{step.name}: loading {source}", 0, 0)
     model = runtime.load(source, **loading)
     return collect(
@@ -218,7 +229,7 @@ def _named(tell: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: tell(what, done, total)
 
 
-def _keep(work: Path, name: str, stats: Stats, plan: Plan, tokens: tuple[Any, Any, dict[str, Any]]) -> None:
+def _keep(work: Path, name: str, stats: Stats, plan: Plan, tokens: Tokens) -> None:
     from espalier.tokens import save_tokens
 
     save_tokens(work / "tokens.safetensors", *tokens)

@@ -4,12 +4,13 @@ import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from espalier import conf, methods, sources
 from espalier.errors import UserError, nearest
-from espalier.store import Node, Store, content_hash, digest, write_json
+from espalier.store import Node, Store, canonical, content_hash, digest, write_json
 
 Config = dict[str, Any]
 Point = dict[str, Any]  # override key -> value
@@ -64,41 +65,54 @@ class Composer:
     def __init__(self, experiment: str, overrides: Sequence[str]) -> None:
         self.experiment = experiment
         self.overrides = [f"+experiment={experiment}", *_file_overrides(overrides)]
-        self._composed: dict[tuple[str, ...], Any] = {}
+        self._composed: dict[tuple[str, ...], Config] = {}
         if not (conf.directory() / "experiment" / f"{experiment}.yaml").exists():
             known = nearest(experiment, conf.names("experiment"))
             raise UserError(f"experiment={experiment}: no conf/experiment/{experiment}.yaml; {known}.")
 
+    def sweep(self) -> list[Config]:
+        """Return the experiment's `sweep`, a list of blocks."""
+        blocks: list[Config] = self._group(())["sweep"]
+        return blocks
+
     def compose(self, point: Point) -> Config:
-        """Return the configuration of one point as plain dictionaries, interpolations resolved.
+        """Return the configuration of one point as plain dictionaries, interpolations resolved, without `sweep`.
 
         UserError for a group's unknown choice or a key that does not exist.
         """
         from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
 
         groups = tuple(o for key, value in point.items() if _is_group(key) for o in _file_overrides([f"{key}={value}"]))
-        config = copy.deepcopy(self._group(groups))
+        composed = self._group(groups)
+        config = copy.deepcopy({key: value for key, value in composed.items() if key != "sweep"})
         for key, value in point.items():
-            if _is_group(key):
-                continue
-            try:
-                OmegaConf.update(config, key, value, merge=True)
-            except OmegaConfBaseException as error:
-                raise UserError(_unknown_key(self.experiment, key, str(error), config)) from None
-        plain: Config = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-        return plain
+            if not _is_group(key):
+                self._set(config, key, value)
+        if "${" in canonical(config):
+            config = OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # type: ignore[assignment]
+        return config
 
-    def _group(self, groups: tuple[str, ...]) -> Any:
+    def _set(self, config: Config, key: str, value: Any) -> None:
+        *path, last = key.split(".")
+        holder: Any = config
+        for name in path:
+            holder = holder.get(name) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or last not in holder:
+            raise UserError(_unknown_key(self.experiment, key, config))
+        holder[last] = value
+
+    def _group(self, groups: tuple[str, ...]) -> Config:
         from hydra import compose, initialize_config_dir
         from hydra.errors import HydraException
+        from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
         if groups not in self._composed:
             try:
                 with initialize_config_dir(str(conf.directory()), version_base="1.3"):
                     # Group choices of the point come after the user's, so that a sweep wins over a default.
-                    self._composed[groups] = compose("config", [*self.overrides, *groups])
+                    composed = compose("config", [*self.overrides, *groups])
+                    self._composed[groups] = OmegaConf.to_container(composed, resolve=False)  # type: ignore[assignment]
             except (HydraException, OmegaConfBaseException) as error:
                 raise UserError(_compose_error(error, [*self.overrides[1:], *groups])) from None
         return self._composed[groups]
@@ -130,14 +144,14 @@ def _compose_error(error: Exception, overrides: Sequence[str]) -> str:
     return f"overrides {' '.join(overrides)}: {first}"
 
 
-def _unknown_key(experiment: str, key: str, reason: str, config: Any) -> str:
+def _unknown_key(experiment: str, key: str, config: Config) -> str:
     group, _, name = key.partition(".")
-    file = f"conf/{group}/{config[group].get('name', '?')}.yaml" if group in config and name else "conf/config.yaml"
-    keys = [str(k) for k in (config[group] if group in config and name else config)]
-    return (
-        f"conf/experiment/{experiment}.yaml: sweep key {key!r} does not fit {file} "
-        f"({reason.splitlines()[0]}); {nearest(name or key, [k for k in keys if k != '_target_'])}."
-    )
+    within = config.get(group) if name else None
+    file, keys = "conf/config.yaml", list(config)
+    if isinstance(within, dict):
+        file, keys = f"conf/{group}/{within.get('name', '?')}.yaml", [k for k in within if k != "_target_"]
+    known = nearest(name or key, keys)
+    return f"conf/experiment/{experiment}.yaml: sweep key {key!r} is not in {file}; {known}."
 
 
 def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experiment:
@@ -149,7 +163,7 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
     base = composer.compose({})
     builder = _Builder(store)
     rows: list[Config] = []
-    for point in points(base["sweep"]):
+    for point in points(composer.sweep()):
         config = composer.compose(point)
         row = builder.row(config, point)
         if row not in rows:
@@ -182,7 +196,10 @@ class _Builder:
         self.store = store
         self.nodes: dict[str, Node] = {}
         self.usage: list[str] = []
-        self._revisions: dict[str, str | None] = {}
+        # Content hashes read files: once each, however many points name them.
+        self._model_revision = cache(lambda id, revision: sources.revision_of(id, revision, store.root))
+        self._task_revision = cache(sources.task_revision)
+        self._calibration_revision: dict[str, str | None] = {}
 
     def add(self, node: Node) -> str:
         self.nodes.setdefault(node.id, node)
@@ -216,12 +233,13 @@ class _Builder:
 
     def _fetch(self, model: Config) -> Config:
         id = str(model["id"])
-        if id not in self._revisions:
-            self._revisions[id] = sources.revision_of(id, model.get("revision"), self.store.root)
-        return {"id": id, "revision": self._revisions[id]}
+        return {"id": id, "revision": self._model_revision(id, model.get("revision"))}
 
     def _calibration(self, calibration: Config) -> Config:
-        return calibration | {"content": sources.calibration_revision(calibration)}
+        key = canonical(calibration)
+        if key not in self._calibration_revision:
+            self._calibration_revision[key] = sources.calibration_revision(calibration)
+        return calibration | {"content": self._calibration_revision[key]}
 
     def _probe(self, name: str, weights: str, tokens: str, model: Config) -> str:
         config = {"probe": name, "dtype": model["dtype"]}
@@ -234,7 +252,7 @@ class _Builder:
         evaluation = {key: value for key, value in config["evaluation"].items() if key not in ("tasks", "name")}
         settings = evaluation | {"dtype": config["model"]["dtype"]}
         return [
-            settings | {"task": task, "content": sources.task_revision(task)} for task in config["evaluation"]["tasks"]
+            settings | {"task": task, "content": self._task_revision(task)} for task in config["evaluation"]["tasks"]
         ]
 
 

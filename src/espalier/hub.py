@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from espalier.errors import UserError
 
@@ -24,7 +23,7 @@ def download(id: str, commit: str, directory: Path, progress: Progress | None = 
     agreement (gated), or when the disk is too small for what is missing.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     done = directory / ".complete"
     if done.exists():
@@ -38,7 +37,7 @@ def download(id: str, commit: str, directory: Path, progress: Progress | None = 
         directory.mkdir(parents=True, exist_ok=True)
         if not sys.stderr.isatty():
             disable_progress_bars()
-        snapshot_download(id, revision=commit, local_dir=directory, allow_patterns=[*PATTERNS], max_workers=4)
+        snapshot_download(id, revision=commit, local_dir=directory, allow_patterns=[*PATTERNS], endpoint=_endpoint())
     for name, size in sizes.items():
         if _size(directory / name) != size:
             raise UserError(
@@ -54,9 +53,15 @@ def data_file(id: str, commit: str, file: str) -> Path:
     UserError in one line, as for `download`.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     with _one_line(id, commit):
-        return Path(hf_hub_download(id, file, repo_type="dataset", revision=commit))
+        try:
+            return Path(hf_hub_download(id, file, repo_type="dataset", revision=commit, endpoint=_endpoint()))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            raise UserError(f"{id}@{commit[:12]}: the data set has no file {file}. Correct `file`.") from None
 
 
 def commit_of(id: str, kind: str) -> str:
@@ -64,7 +69,7 @@ def commit_of(id: str, kind: str) -> str:
     from huggingface_hub import HfApi
 
     with _one_line(id, None):
-        info = HfApi().repo_info(id, repo_type=kind)
+        info = HfApi(_endpoint()).repo_info(id, repo_type=kind)
     if info.sha is None:
         raise UserError(f"{id}: the hub gave no commit for this {kind}.")
     return str(info.sha)
@@ -78,13 +83,20 @@ def known_commit(id: str, branch: str) -> str | None:
     return reference.read_text().strip() if reference.is_file() else None
 
 
+def _endpoint() -> str | None:
+    """The hub's address, looked up when it is asked: the library reads the variable only once, when imported."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
 def _sizes(id: str, commit: str) -> dict[str, int]:
     """Sizes in bytes of the files of a commit that `PATTERNS` choose."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils._paths import filter_repo_objects
 
-    entries = [e for e in HfApi().list_repo_tree(id, recursive=True, revision=commit) if isinstance(e, RepoFile)]
+    entries = [
+        e for e in HfApi(_endpoint()).list_repo_tree(id, recursive=True, revision=commit) if isinstance(e, RepoFile)
+    ]
     sizes: dict[str, int] = {entry.path: entry.size for entry in entries}
     chosen = set(filter_repo_objects(sizes, allow_patterns=[*PATTERNS]))
     if not any(name.endswith(".safetensors") for name in chosen):
@@ -132,7 +144,7 @@ def _one_line(id: str, commit: str | None) -> Iterator[None]:
         ) from None
     except errors.HFValidationError as error:
         raise UserError(f"{id}: not an id of the hub ({_first_line(error)}). Write organisation/name.") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, *_network_errors()) as error:
+    except _network_errors() as error:
         raise UserError(
             f"{where}: the hub could not be reached ({_first_line(error)}). Run again to go on where it stopped, "
             "or download the directory elsewhere and give its path as id."
@@ -140,12 +152,12 @@ def _one_line(id: str, commit: str | None) -> Iterator[None]:
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    """The exceptions of the HTTP library that huggingface_hub uses: httpx2, or httpx in older releases."""
-    for name in ("httpx2", "httpx"):
-        with contextlib.suppress(ImportError):
-            library: Any = __import__(name)
-            return (library.HTTPError,)
-    return ()
+    """The hub library's exceptions for a hub that does not answer, and those of the HTTP library below it."""
+    from huggingface_hub import errors
+
+    # Every release's HfHubHTTPError derives from the HTTP library's own error (httpx2's, httpx's in older ones).
+    http = next(base for base in errors.HfHubHTTPError.__mro__ if base.__module__.startswith("httpx"))
+    return (http, errors.HfHubHTTPError, errors.LocalEntryNotFoundError)
 
 
 def _first_line(error: Exception) -> str:

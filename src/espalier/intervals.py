@@ -17,9 +17,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special  # not scipy.stats, which takes seconds to import
 
 LEVEL = 0.95
+
+
+def _quantile(probability: float, freedom: float) -> float:
+    """Quantile of Student's t, of the normal law for infinite degrees of freedom."""
+    return float(special.ndtri(probability) if math.isinf(freedom) else special.stdtrit(freedom, probability))
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Estimate:
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Return the two-sided interval; (nan, nan) when the variance is unknown (a single item)."""
-        half = float(stats.t.ppf(0.5 + level / 2, self.freedom)) * self.error
+        half = _quantile(0.5 + level / 2, self.freedom) * self.error
         return self.value - half, self.value + half
 
     def exp(self, level: float = LEVEL) -> tuple[float, float, float]:
@@ -102,7 +107,7 @@ def wilson(correct: float, items: int, level: float = LEVEL) -> tuple[float, flo
 
     Wilson, JASA 22 (1927) 209.
     """
-    z = float(stats.norm.ppf(0.5 + level / 2))
+    z = _quantile(0.5 + level / 2, math.inf)
     p, n = correct / items, float(items)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

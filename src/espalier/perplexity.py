@@ -81,8 +81,7 @@ def document_scores(
         if progress is not None:
             progress(done + len(batch), len(cut))
     return [
-        DocumentScore(id, float(nll[n]), len(encoded[n]), len(text.encode()))
-        for n, (id, text) in enumerate(documents)
+        DocumentScore(id, float(nll[n]), len(encoded[n]), len(text.encode())) for n, (id, text) in enumerate(documents)
     ]
 
 

@@ -41,8 +41,8 @@ def _lines() -> Progress:
         if total == 0:
             print(what, file=sys.stderr, flush=True)
         elif done >= total:
-            seconds = time.monotonic() - started.pop(what, time.monotonic())
-            print(f"{what}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
+            now = time.monotonic()
+            print(f"{what}: done in {now - started.pop(what, now):.1f} s", file=sys.stderr, flush=True)
         elif what not in started:
             started[what] = time.monotonic()
             print(f"{what} ...", file=sys.stderr, flush=True)

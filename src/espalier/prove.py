@@ -49,20 +49,25 @@ def prove(source: Path, out: Path, plan: Plan) -> dict[str, Any]:
     largest = float(expected.abs().max())
     compared = difference[decided] if decided.any() else difference
     worst = float(compared.max())
-    report = {"max_abs_diff": worst, "max_abs_logit": largest, "tolerance": TOLERANCE, "rows": len(compared)}
+    report: dict[str, Any] = {
+        "max_abs_diff": worst,
+        "max_abs_logit": largest,
+        "tolerance": TOLERANCE,
+        "rows": len(compared),
+    }
     if not worst <= TOLERANCE * largest:
         report |= {"error": f"logits differ by {worst:.3g} of {largest:.3g}, tolerance {TOLERANCE:g} of that"}
     return report
 
 
 @torch.inference_mode()
-def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits [ROWS, LENGTH, vocabulary] in fp32."""
     logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return logits.float()
 
 
-def _watch_gaps(model: torch.nn.Module, family: Family) -> list[torch.Tensor]:
+def _watch_gaps(model: Any, family: Family) -> list[torch.Tensor]:
     """Return a list to which each router adds, a token, the relative gap between the last chosen and the next."""
     gaps: list[torch.Tensor] = []
 

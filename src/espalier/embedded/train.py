@@ -1,18 +1,19 @@
 """Train the embedded OLMoE model: `python -m espalier.embedded.train --corpora DIR --out DIR --steps N`.
 
-AdamW with a flat then linearly falling rate, the per-layer balance loss of `espalier.embedded.balance`,
-fp32 unless --bf16 (faster only where the processor has bf16 instructions). State is kept in OUT/state (safetensors and JSON); running the same
-command again resumes from it, and gives the batches that an uninterrupted run would have given.
+AdamW with a flat then linearly falling rate, the per-layer balance loss of `espalier.embedded.balance`, fp32
+unless --bf16 (faster only where the processor has bf16 instructions). State is kept in OUT/state (safetensors
+and JSON); running the same command again resumes from it, and gives the batches that an uninterrupted run
+would have given.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,15 +24,17 @@ from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, PreTraine
 from espalier.embedded.assets import text_directory
 from espalier.embedded.balance import layer_balance, router_outputs
 from espalier.embedded.documents import DOMAINS, read_jsonl
-from espalier.embedded.perplexity import perplexity, token_stream, windows
 from espalier.embedded.tokenizer import train_tokenizer
+from espalier.embedded.windows import perplexity, token_stream, windows
 from espalier.errors import UserError
+from espalier.store import atomic_directory, read_json, write_json
 
 MIX = (0.35, 0.25, 0.20, 0.20)  # share of the sequences drawn from each of DOMAINS
 BALANCE = 0.01  # weight of the summed per-layer balance loss
 FLAT = 0.6  # share of the steps after which the rate falls linearly to zero
 WARM_UP = 100  # steps
 CONTEXT = 512  # positions of the model
+FORMAT = "espalier.training/1"
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,11 @@ def make_optimizer(model: OlmoeForCausalLM, rate: float) -> torch.optim.AdamW:
 
 
 def train_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, input_ids: Tensor, routed: list, bf16: bool
+    model: Callable[..., Any],
+    optimizer: torch.optim.Optimizer,
+    input_ids: Tensor,
+    routed: list[tuple[Tensor, Tensor]],
+    bf16: bool,
 ) -> tuple[float, float]:
     """One update on `input_ids` [B, L]; returns (cross entropy in nats, mean balance over layers)."""
     routed.clear()
@@ -119,8 +126,9 @@ def train_step(
         logits = model(input_ids=input_ids, use_cache=False).logits
     loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
     balance = torch.stack([layer_balance(*output) for output in routed])
-    (loss + BALANCE * balance.sum()).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.autograd.backward(loss + BALANCE * balance.sum())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.item(), balance.mean().item()
@@ -128,31 +136,26 @@ def train_step(
 
 def save_state(directory: Path, model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, step: int, run: Run) -> None:
     """Replace `directory` by the model, the optimizer's moments and the step, without pickle."""
-    partial, old = directory.with_name("state.partial"), directory.with_name("state.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
     named = dict(model.named_parameters())
-    save_file({name: p.detach() for name, p in named.items()}, partial / "model.safetensors")
-    moments = {
-        f"{name}/{key}": value.clone()
-        for name, p in named.items()
-        for key, value in optimizer.state[p].items()
-    }
-    save_file(moments, partial / "optimizer.safetensors")
-    (partial / "run.json").write_text(json.dumps({"step": step, "run": asdict(run)}, indent=1), encoding="utf-8")
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    moments = {f"{name}/{key}": value.clone() for name, p in named.items() for key, value in optimizer.state[p].items()}
+    with atomic_directory(directory, replace=True) as partial:
+        save_file({name: p.detach() for name, p in named.items()}, partial / "model.safetensors")
+        save_file(moments, partial / "optimizer.safetensors")
+        write_json(partial / "run.json", {"format": FORMAT, "step": step, "run": asdict(run)})
 
 
 def load_state(directory: Path, model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, run: Run) -> int:
-    """Restore a state written by `save_state`; returns the number of steps already done."""
-    record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    if record["run"] != asdict(run):
+    """Restore a state written by `save_state`; returns the number of steps already done.
+
+    Raises UserError when the state belongs to another run; only `steps` may differ, while the rate is still flat
+    under both numbers of steps.
+    """
+    record = read_json(directory / "run.json", FORMAT)
+    before, done = record["run"], int(record["step"])
+    still_flat = done <= FLAT * min(before["steps"], run.steps)
+    if {**before, "steps": run.steps} != asdict(run) or (before["steps"] != run.steps and not still_flat):
         raise UserError(
-            f"{directory}: was trained with {record['run']}, asked for {asdict(run)}; "
+            f"{directory}: {done} steps were trained with {before}, asked for {asdict(run)}; "
             "use the same options or another --out"
         )
     named = dict(model.named_parameters())
@@ -162,19 +165,17 @@ def load_state(directory: Path, model: OlmoeForCausalLM, optimizer: torch.optim.
     for key, tensor in load_file(directory / "optimizer.safetensors").items():
         name, _, moment = key.rpartition("/")
         optimizer.state[named[name]][moment] = tensor
-    return record["step"]
+    return done
 
 
 def export(directory: Path, model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the bf16 checkpoint and the tokenizer as `from_pretrained` reads them; `model` stays as it is."""
-    partial = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     copy = OlmoeForCausalLM(model.config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
-    copy.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with atomic_directory(directory, replace=True) as partial:
+        copy.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "model.safetensors").chmod(0o644)
 
 
 def train(

@@ -128,12 +128,12 @@ def enumerate_subsets(
     for number, dropped in enumerate(combinations(range(experts), removed)):
         gone = np.zeros(experts, bool)
         gone[list(dropped)] = True
-        if renormalise:
-            error = np.zeros(tokens)  # exactly 0 for tokens that keep their choice
-        else:
-            mass = probability[:, gone].sum(axis=1)
-            error = (mass / (1 - mass)) ** 2 * norm  # same choice: z' = z / (1 - mass)
-        rows = np.flatnonzero(gone[order[:, :top_k]].any(axis=1))
+        changed = gone[order[:, :top_k]].any(axis=1)
+        error = np.zeros(tokens)  # exactly 0 for tokens that keep their choice, if weights sum to 1
+        if not renormalise:
+            mass = probability[~changed][:, gone].sum(axis=1)
+            error[~changed] = (mass / (1 - mass)) ** 2 * norm[~changed]  # z' = z / (1 - mass)
+        rows = np.flatnonzero(changed)
         if len(rows):
             error[rows] = _changed_errors(arrays, logits, order, packed, rows, gone, top_k, renormalise)
         squared = np.bincount(chunk, error)

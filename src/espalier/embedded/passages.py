@@ -72,7 +72,7 @@ def code() -> list[Document]:
 
 def archaic(module: Path) -> list[Document]:
     """One document a chapter from a sword zText module: `*.bzs` indexes the zlib blocks of `*.bzz`."""
-    documents = []
+    documents: list[Document] = []
     for testament in ("ot", "nt"):
         index = (module / f"{testament}.bzs").read_bytes()
         blocks = (module / f"{testament}.bzz").read_bytes()
@@ -115,7 +115,5 @@ def pieces(document: Document) -> list[Document]:
         current += line
     cut.append(current)
     return [
-        Document(f"{document.id}#{n}", document.group, text)
-        for n, text in enumerate(cut)
-        if size(text) >= SHORTEST
+        Document(f"{document.id}#{n}", document.group, text) for n, text in enumerate(cut) if size(text) >= SHORTEST
     ]

@@ -32,7 +32,7 @@ def perplexity(model: nn.Module, input_ids: Tensor, batch: int = 8) -> float:
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    for chunk in input_ids.split(batch):
+    for chunk in torch.split(input_ids, batch):
         logits = model(input_ids=chunk, use_cache=False).logits[:, :-1].float()
         targets = chunk[:, 1:]
         total += functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()

@@ -1,0 +1,281 @@
+"""The command line: one subcommand a stage, one for the whole pipeline, one that needs none."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from espalier.errors import UserError
+
+# Modules are imported where they are used: `espalier --help` and `espalier plan` start without torch.
+app = typer.Typer(
+    name="espalier",
+    help="Make large language models sparse, and measure what each step cost and saved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+PIPELINE, LOOK, STAGE = "The pipeline", "Results and machine", "One stage (what the pipeline's rules call)"
+
+Results = Annotated[Path, typer.Option("--results", help="The folder of results.")]
+NodeId = Annotated[str, typer.Argument(metavar="NODE", help="Id of a node, or its first digits.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides, such as model=mixtral_8x7b.")
+]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit: 2 and one line for a user's mistake, 130 for an interrupt."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; a log gets lines
+    try:
+        app(arguments, prog_name="espalier")
+    except UserError as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}no space left on the disk. Free some space or write elsewhere, then run again.")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print("espalier: error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from espalier import __version__
+
+        print(f"espalier {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    """Make large language models sparse, and measure what each step cost and saved."""
+
+
+@app.command(rich_help_panel=PIPELINE)
+def compress(
+    model: Annotated[str, typer.Argument(help="A name of conf/model, a directory, or org/name@COMMIT.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of conf/method/NAME.yaml; then.KEY of the second method."),
+    ] = None,
+    *,
+    method: Annotated[str, typer.Option("--method", "-m", help="A name of conf/method.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write; must not exist.")],
+    calibration: Annotated[
+        str, typer.Option("--calibration", "-c", help="A name of conf/calibration, or a file.")
+    ] = "embedded",
+    then: Annotated[str | None, typer.Option("--then", help="A second method on top, such as naee_skip.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the calibration pass. [default: the model's]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Calibration sequences a forward pass.")] = 8,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda. [default: a GPU if there is one]")
+    ] = None,
+    keep_work: Annotated[
+        bool, typer.Option("--keep-work", help="Keep tokens, statistics and plans in OUT.work.")
+    ] = False,
+    results: Results = Path("results"),
+) -> None:
+    """Compress one model with one method, in one go and without the pipeline.
+
+    espalier compress MODEL --method hc_smoe ratio=0.5 linkage=ward --calibration embedded --out DIR
+    """
+    from espalier.compress import compress as run
+    from espalier.progress import show as show_progress
+
+    with show_progress() as progress:
+        report = run(
+            model,
+            method,
+            calibration,
+            out,
+            then=then,
+            dtype=dtype,
+            batch_size=batch_size,
+            device=device,
+            keep_work=keep_work,
+            results=results,
+            progress=progress,
+            **_settings(settings or []),
+        )
+    counts, source = report["counts"], report["source_parameters"]
+    saved = 1 - counts["stored"] / source
+    print(f"{report['out']}: {counts['stored']:,.0f} of {source:,} parameters stored ({saved:.1%} saved), plan.json")
+    print(f"at most {counts['active']:,.0f} active a token; {report['apply'][-1]['loads_in']}; {report['seconds']} s")
+
+
+def _settings(words: list[str]) -> dict[str, Any]:
+    """Parse KEY=VALUE words; values are YAML scalars or lists."""
+    import yaml
+
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word}: not a setting. Write KEY=VALUE, such as ratio=0.5.")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{word}: the value is not YAML. Put it in quotes.") from None
+    return settings
+
+
+@app.command(rich_help_panel=PIPELINE)
+def run(
+    experiment: Annotated[str, typer.Argument(help="A name of conf/experiment.")],
+    overrides: Overrides = None,
+    *,
+    dry: Annotated[bool, typer.Option("--dry-run", "-n", help="Show the jobs; write nothing.")] = False,
+    cores: Annotated[int | None, typer.Option("--cores", min=1, help="Processors to use. [default: all]")] = None,
+    profile: Annotated[
+        str, typer.Option("--profile", help="A folder of workflow/profiles, such as slurm.")
+    ] = "default",
+    tracking: Annotated[str | None, typer.Option("--tracking", help="A name of conf/tracking.")] = None,
+    results: Results = Path("results"),
+) -> None:
+    """Run an experiment: every job that is not done yet, then the table and the report."""
+    from espalier import launch
+
+    code = launch.run(
+        experiment, overrides or [], results=results, dry=dry, cores=cores, profile=profile, tracking=tracking
+    )
+    folder = results / "refs" / experiment
+    if code == 0 and not dry and folder.is_dir():
+        for name in ("table.md", "report.html", "checkpoints"):
+            if (folder / name).exists():
+                print(f"{name.split('.')[0]:12}{folder / name}")
+    raise typer.Exit(code)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def estimate(
+    name: Annotated[str, typer.Argument(help="An experiment, a model of conf/model, or a model directory.")],
+    overrides: Overrides = None,
+    *,
+    flops: Annotated[
+        float | None, typer.Option("--flops", help="FLOP/s of a large matrix product. [default: measured]")
+    ] = None,
+    disk: Annotated[float, typer.Option("--disk", help="Bytes per second of the disk.")] = 5e8,
+    startup: Annotated[float, typer.Option("--startup", help="Seconds until a job works.")] = 10.0,
+    tokens: Annotated[int, typer.Option("--tokens", help="Calibration tokens of a model's estimate.")] = 65536,
+    length: Annotated[int, typer.Option("--length", help="Tokens of one of its sequences.")] = 2048,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Its sequences a forward pass.")] = 8,
+    results: Results = Path("results"),
+) -> None:
+    """Estimate bytes, FLOPs, peak memory, disk and time before anything runs."""
+    from espalier import conf, forecast
+    from espalier.estimate import Hardware, sizes_of
+
+    measured = Hardware.measured() if flops is None else Hardware(flops)
+    hardware = Hardware(measured.flops, disk, startup)
+    if name in conf.names("experiment"):
+        forecast.render(forecast.forecast(name, overrides or [], results, hardware), hardware)
+    else:
+        forecast.render_model(name, sizes_of(name), hardware, tokens, length, batch_size)
+
+
+@app.command(rich_help_panel=LOOK)
+def show(node: NodeId, results: Results = Path("results")) -> None:
+    """Print what a node is, what it was made from and how."""
+    from espalier import lineage
+    from espalier.store import Store
+
+    print(lineage.show(Store(results), node))
+
+
+@app.command(rich_help_panel=LOOK)
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="Id of a node, or its first digits.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one of the same stage.")],
+    results: Results = Path("results"),
+) -> None:
+    """Print in what the configurations of two nodes differ, with everything they were made from."""
+    from espalier import lineage
+    from espalier.store import Store
+
+    print(lineage.diff(Store(results), a, b))
+
+
+@app.command(rich_help_panel=LOOK)
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them, not only list them.")] = False,
+    results: Results = Path("results"),
+) -> None:
+    """List artefacts that no experiment's newest table and no name in results/refs needs."""
+    from espalier import garbage
+    from espalier.store import Store
+
+    store = Store(results)
+    found = garbage.delete(store) if delete else garbage.find(store)
+    for item in found:
+        print(f"{item.size / 1e6:10.2f} MB  {item.path}  {item.what}")
+    what = "deleted" if delete else "not needed" + ("; --delete removes them" if found else "")
+    print(f"{sum(item.size for item in found) / 1e6:10.2f} MB in {len(found)} files and folders {what}")
+
+
+@app.command(rich_help_panel=LOOK)
+def doctor(results: Results = Path("results")) -> None:
+    """Look at this machine and say what will work. Asks no other machine."""
+    from espalier import doctor as machine
+
+    findings = machine.examine(results)
+    machine.render(findings, machine.verdict(findings))
+
+
+@app.command(rich_help_panel=LOOK)
+def pin(
+    name: Annotated[str, typer.Argument(help="A name of conf/model or conf/calibration.")],
+    update: Annotated[bool, typer.Option("--update", help="Replace a commit that is there already.")] = False,
+) -> None:
+    """Ask the hub for a model's or data set's current commit and write it into its YAML."""
+    from espalier import sources
+
+    path, before, now = sources.pin(name, update)
+    if before == now:
+        print(f"{path}: revision is {now} already; --update asks the hub again")
+    else:
+        print(f"{path}: revision {before or 'null'} -> {now}")
+
+
+def _stage(name: str, what: str) -> None:
+    @app.command(name, help=what, rich_help_panel=STAGE)
+    def stage(node: NodeId, results: Results = Path("results")) -> None:
+        from espalier import lineage, stages
+        from espalier.store import Store
+
+        store = Store(results)
+        document = lineage.find(store, node)
+        if document["stage"] != name:
+            raise UserError(f"{node} is a {document['stage']} node: run `espalier {document['stage']} {node}`.")
+        print(stages.run(document["id"], store))
+
+
+_stage("fetch", "Bring a model to this machine.")
+_stage("tokens", "Make calibration tokens.")
+_stage("collect", "Run the model once over the tokens and keep statistics.")
+_stage("plan", "Decide from statistics what to keep, merge or skip.")
+_stage("apply", "Write the checkpoint that a plan says.")
+_stage("score", "Score a checkpoint on its tasks.")
+_stage("table", "Put an experiment's scores into a table.")
+_stage("report", "Write an experiment's HTML report.")

@@ -1,0 +1,135 @@
+"""Run an experiment: hand it to Snakemake, one run at a time in a results folder."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from espalier.errors import UserError, nearest
+
+LOCK = ".run.lock"
+
+
+def run(
+    experiment: str,
+    overrides: list[str],
+    *,
+    results: Path = Path("results"),
+    dry: bool = False,
+    cores: int | None = None,
+    profile: str = "default",
+    tracking: str | None = None,
+) -> int:
+    """Run Snakemake on the project's Snakefile and return its exit code.
+
+    `cores`: processors to use at once (default: those this process may use; a cluster profile sets its own number
+    of jobs). `tracking`: a name of conf/tracking. A dry run writes nothing and needs no lock. UserError before
+    anything starts: unknown names or keys, no Snakefile, another run at work in `results`.
+    """
+    from espalier.graph import expand
+    from espalier.store import Store
+
+    overrides = [*overrides, f"tracking={tracking}"] if tracking else list(overrides)
+    root = project()
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
+    command += ["--profile", str(_profile(root, profile))]
+    if profile == "default" or cores is not None:
+        command += ["--cores", str(cores or len(os.sched_getaffinity(0)))]
+    config = [f"experiments={json.dumps([experiment])}", f"overrides={json.dumps(overrides)}", f"results={results}"]
+    expand(experiment, overrides, Store(results, dry=True))  # a user's mistake is one line here, not a traceback there
+    if dry:
+        return _call([*command, "--dry-run", "--config", *config])
+    with run_lock(results, experiment) as descriptor:
+        if stale_lock(Path.cwd()):
+            print("espalier: removing the lock that a killed run left behind", file=sys.stderr)
+            _call([*command, "--unlock", "--config", *config], descriptor)
+        return _call([*command, "--config", *config], descriptor)
+
+
+def project() -> Path:
+    """Return the folder of the Snakefile: the working directory, else the source tree; UserError without one."""
+    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (root / "Snakefile").is_file():
+            return root
+    raise UserError(
+        "Snakefile: not found here. Run `espalier run` in the project's folder, or use `espalier compress`."
+    )
+
+
+def _profile(root: Path, name: str) -> Path:
+    folder = root / "workflow" / "profiles"
+    path = folder / name if "/" not in name else Path(name)
+    if not (path / "config.yaml").is_file():
+        known = [p.parent.name for p in folder.glob("*/config.yaml")]
+        raise UserError(f"profile={name}: no {path}/config.yaml; {nearest(name, known)}.")
+    return path
+
+
+@contextlib.contextmanager
+def run_lock(results: Path, experiment: str) -> Iterator[int]:
+    """Hold the lock of a results folder and yield its file descriptor, which Snakemake inherits.
+
+    The kernel drops it when the last process that holds it ends: no kill leaves it behind, and a Snakemake that
+    outlives its parent still has it. UserError when another run holds it.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / LOCK
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise UserError(
+                f"{path}: another run is at work in {results} ({owner}). Wait for it, or give --results another folder."
+            ) from None
+        file.truncate(0)
+        file.write(f"{experiment}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        os.set_inheritable(file.fileno(), True)
+        yield file.fileno()
+
+
+def stale_lock(directory: Path) -> bool:
+    """Whether Snakemake's own lock lies in `directory` and no Snakemake works there on this machine.
+
+    Call it while holding the run lock: what remains to be looked for is a `snakemake` started by hand.
+    """
+    locks = directory / ".snakemake" / "locks"
+    if not locks.is_dir() or not any(locks.iterdir()):
+        return False
+    import psutil
+
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        words = [Path(word).name for word in process.info["cmdline"] or [] if word]
+        here = process.info["cwd"] and Path(process.info["cwd"]) == directory.resolve()
+        if here and "snakemake" in words and process.pid != os.getpid():
+            return False
+    return True
+
+
+def _call(command: list[str], lock: int | None = None) -> int:
+    """Run a command and return its exit code; an interrupt or a SIGTERM waits until it has stopped its jobs."""
+    process = subprocess.Popen(command, pass_fds=[] if lock is None else [lock])
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, forward)
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                # The terminal sent the interrupt to Snakemake too, which ends its jobs.
+                process.wait()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,217 @@
+"""Write a table document as Markdown, to read in a terminal or on GitHub, and as a LaTeX booktabs table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Document = Mapping[str, Any]
+DAGGER = "†"
+NONE = "–"
+
+
+def name_of(line: Document) -> str:
+    """Return the label of a summary line, with a dagger when its code was not committed."""
+    return str(line["label"]) + (f" {DAGGER}" if line["dirty"] else "")
+
+
+def number(value: float | None) -> str:
+    """Format a perplexity: three to four digits."""
+    if value is None:
+        return NONE
+    digits = 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
+    return f"{value:.{digits}f}"
+
+
+def percent(value: float | None, sign: bool = False) -> str:
+    """Format a fraction in percent with one decimal."""
+    if value is None:
+        return NONE
+    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+
+
+def between(found: Document, key: str, show: Callable[[float | None], str]) -> str:
+    """Format `value [low, high]` of found[key], found[key_low], found[key_high]."""
+    value = found.get(key)
+    if value is None:
+        return NONE
+    prefix = "" if key == "value" else f"{key}_"
+    low, high = found.get(f"{prefix}low"), found.get(f"{prefix}high")
+    return show(value) if low is None else f"{show(value)} [{show(low)}, {show(high)}]"
+
+
+def millions(value: float) -> str:
+    """Format a number of parameters in millions, three digits or more."""
+    return f"{value / 1e6:.2f}" if value < 1e8 else f"{value / 1e6:,.0f}"
+
+
+def main_rows(table: Document) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of the table of means: one line a label, what the seeds share averaged."""
+    header = ["method", "seeds", "stored", "unique", "active"]
+    has_texts = any("perplexity" in line for line in table["summary"])
+    has_choices = any("accuracy" in line for line in table["summary"])
+    if has_texts:
+        header += ["perplexity [95 %]", "x full [95 %]"]
+    if has_choices:
+        header += ["accuracy % [95 %]", "- full [95 %]"]
+    rows = []
+    for line in table["summary"]:
+        row = [name_of(line), str(len(line["seeds"])), *(millions(line[key]) for key in ("stored", "unique", "active"))]
+        if has_texts:
+            found = line.get("perplexity", {})
+            row += [between(found, "value", number), between(found, "ratio", number)]
+        if has_choices:
+            found = line.get("accuracy", {})
+            row += [between(found, "value", percent), between(found, "delta", lambda x: percent(x, sign=True))]
+        rows.append(row)
+    return header, rows
+
+
+def task_rows(table: Document) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of the table of tasks: perplexities first, then accuracies in percent."""
+    tasks = ordered_tasks(table)
+    header = ["method", *(short(task, table) for task in tasks)]
+    rows = []
+    for line in table["summary"]:
+        cells = [_value(line["tasks"].get(task)) for task in tasks]
+        rows.append([name_of(line), *cells])
+    return header, rows
+
+
+def ordered_tasks(table: Document) -> list[str]:
+    """Names of the tasks: perplexities, choices, others, each in the order of the evaluation."""
+    kinds = ("perplexity", "choice", "other")
+    return [task for kind in kinds for task, facts in table["tasks"].items() if facts["kind"] == kind]
+
+
+def short(task: str, table: Document) -> str:
+    """Return a column's head: `ppl wiki` for perplexity_wiki, else the task's name."""
+    kind = table["tasks"][task]["kind"]
+    return f"ppl {task.removeprefix('perplexity_')}" if kind == "perplexity" else task.replace("_", " ")
+
+
+def _value(found: Document | None) -> str:
+    if found is None:
+        return NONE
+    return percent(found["value"]) if found["kind"] == "choice" else number(found["value"])
+
+
+def published_rows(table: Document) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of ours beside published numbers; no rows when nothing matches."""
+    header = ["method", "task", "ours [95 %]", "published", "ours - published", "source"]
+    rows = []
+    for line in table["summary"]:
+        beside = [(task, found, found["kind"] == "choice") for task, found in line["tasks"].items()]
+        beside.append(("mean accuracy", line.get("accuracy", {}), True))
+        for task, found, is_choice in beside:
+            if found.get("published") is not None:
+                show: Callable[[float | None], str] = percent if is_choice else number
+                delta = found["published_delta"]
+                difference = percent(delta, sign=True) if is_choice else f"{delta:+.2f}"
+                cells = [name_of(line), task, between(found, "value", show), show(found["published"]), difference]
+                rows.append([*cells, found["published_source"]])
+    return header, rows
+
+
+def legend(table: Document) -> list[str]:
+    """Return the sentences that explain the columns."""
+    items = {facts["kind"]: f"{facts['items']:,}" for facts in table["tasks"].values()}
+    lines = ["Parameters in millions: stored in the files, unique after sharing, active for one token (measured)."]
+    if "perplexity" in items:
+        lines.append(
+            "Perplexity: geometric mean over the texts, lower is better; `x full`: its ratio to the uncompressed "
+            "model's, paired over documents."
+        )
+    if "choice" in items:
+        chance = " (each choice's score less its score without the question)"
+        corrected = any(facts["metric"] == "acc_mutual_info" for facts in table["tasks"].values())
+        lines.append(
+            f"Accuracy: mean over the choice tasks{chance if corrected else ''}, higher is better; `- full`: its "
+            "difference from the uncompressed model's, paired over items, in percentage points."
+        )
+    lines.append(
+        "[95 %]: intervals over items or documents; with several seeds their variance over seeds is added. "
+        "The ratio in a method's name is the fraction of experts removed."
+    )
+    if any(line["dirty"] for line in table["summary"]):
+        lines.append(f"{DAGGER} made from a source tree with uncommitted changes.")
+    return lines
+
+
+def markdown(table: Document) -> str:
+    """Return the tables of means, of tasks and of published numbers, padded so that columns align as text."""
+    model = table["model"]["id"] or "model"
+    parts = [f"# {table['experiment']}: {model}", _pipe(*main_rows(table)), "## By task", _pipe(*task_rows(table))]
+    header, rows = published_rows(table)
+    if rows:
+        parts += [
+            f"## Beside published numbers ({table['compare']})",
+            _pipe(header, rows),
+            "Models, data and harness may differ from the publication's: a comparison, no more.",
+        ]
+    parts.append("\n".join(f"- {line}" for line in legend(table)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _pipe(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[n]) for row in (header, *rows)) for n in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if n == 0 else c.rjust(w) for n, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * w if n == 0 else "-" * (w - 1) + ":" for n, w in enumerate(widths)]
+    return "\n".join([line(header), "| " + " | ".join(rule) + " |", *map(line, rows)])
+
+
+ESCAPES = {"\\": r"\textbackslash{}", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+           DAGGER: r"$^\dagger$", NONE: "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}  # fmt: skip
+
+
+def escape(text: str) -> str:
+    """Escape LaTeX's special characters."""
+    return "".join(ESCAPES.get(character, character) for character in text)
+
+
+def latex(table: Document) -> str:
+    """Return one booktabs table: parameters, each task, and the means with half-widths of their intervals."""
+    tasks = ordered_tasks(table)
+    header = ["Method", "Stored", "Unique", "Active", *(short(task, table) for task in tasks)]
+    has_texts = any("perplexity" in line for line in table["summary"])
+    has_choices = any("accuracy" in line for line in table["summary"])
+    header += ["ppl geo"] * has_texts + ["acc mean"] * has_choices
+    body = []
+    for line in table["summary"]:
+        cells = [
+            escape(name_of(line)),
+            *(millions(line[key]).replace(",", "{,}") for key in ("stored", "unique", "active")),
+        ]
+        cells += [escape(_value(line["tasks"].get(task))) for task in tasks]
+        cells += [_half(line.get("perplexity"), number)] * has_texts + [
+            _half(line.get("accuracy"), percent)
+        ] * has_choices
+        body.append("    " + " & ".join(cells) + r" \\")
+    caption = escape(f"{table['experiment']}: {table['model']['id'] or 'model'}. ") + " ".join(
+        escape(line.replace("`", "")) for line in legend(table)
+    )
+    return "\n".join(
+        [
+            r"% Needs \usepackage{booktabs}.",
+            r"\begin{table}",
+            r"  \centering",
+            rf"  \caption{{{caption}}}",
+            rf"  \begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"    \toprule",
+            "    " + " & ".join(map(escape, header)) + r" \\",
+            r"    \midrule",
+            *body,
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _half(found: Document | None, show: Callable[[float | None], str]) -> str:
+    if not found:
+        return "--"
+    return rf"{show(found['value'])} $\pm$ {show((found['high'] - found['low']) / 2)}"

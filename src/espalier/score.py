@@ -1,0 +1,290 @@
+"""Score a checkpoint: lm-eval tasks, perplexities and the parameters that a token uses, in one process."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from espalier import runtime
+from espalier.checkpoint import Checkpoint
+from espalier.embedded.assets import text_directory
+from espalier.embedded.documents import read_jsonl
+from espalier.embedded.tasks import task_configs, task_names
+from espalier.errors import UserError, nearest
+from espalier.families import names as family_names
+from espalier.intervals import estimate
+from espalier.perplexity import DocumentScore, document_scores
+from espalier.progress import Progress
+from espalier.samples import FORMAT
+from espalier.samples import load_samples as load_samples
+from espalier.samples import load_scores as load_scores
+from espalier.samples import save_scores as save_scores
+from espalier.store import read_json
+
+PREFIX = "perplexity_"
+# Accuracies in the order in which one becomes a task's metric: our own tasks correct each choice's score by its
+# score without the question (PMI; Holtzman et al., arXiv 2104.08315), the papers' zero-shot tables report `acc`.
+ACCURACIES = ("acc_mutual_info", "acc", "acc_norm")
+ACTIVE_DOCUMENTS = 8  # a domain, to measure active parameters when no perplexity is asked for
+FEWSHOT_SEED = 1234  # lm-eval's default
+
+Document = dict[str, Any]
+
+
+def score(
+    directory: Path,
+    tasks: Sequence[Document],
+    *,
+    dtype: str = "auto",
+    batch_size: int = 32,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> tuple[Document, pd.DataFrame]:
+    """Score the model in `directory` and return (document, samples).
+
+    tasks: {"task": name, "limit": items or None, "length": tokens a window or None}; a name is that of an
+    embedded task, `perplexity_DOMAIN` of an embedded text (`limit` does not apply: all its documents), or any
+    lm-eval task or group. `batch_size` counts sequences a forward pass.
+
+    samples: one row an item, columns `task`, `item`, for choices `correct` (the task's metric) and each of `acc`,
+    `acc_norm`, `acc_mutual_info` that the task has, for perplexities `nll` (nats), `tokens`, `bytes`.
+
+    UserError for an unknown task, or data that cannot be had.
+    """
+    checkpoint = Checkpoint(directory)
+    texts = {task["task"]: _documents(task["task"]) for task in tasks if task["task"].startswith(PREFIX)}
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = cast(PreTrainedModel, runtime.load(directory, dtype, device))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    results: dict[str, Document] = {}
+    frames: list[pd.DataFrame] = []
+    others = [task for task in tasks if task["task"] not in texts]
+    if others:
+        for name, result, frame in _lm_eval(model, tokenizer, others, batch_size, progress):
+            results[name] = result
+            frames.append(frame)
+    with _counted(model, checkpoint) as active:
+        lengths = {task["task"]: task.get("length") for task in tasks}
+        for name, documents in (texts or _few_documents(checkpoint)).items():
+            found = document_scores(
+                model,
+                tokenizer,
+                documents,
+                length=lengths.get(name),
+                batch_size=batch_size,
+                progress=partial(progress, name) if progress else None,
+            )
+            active["tokens"] += sum(document.tokens for document in found)
+            if name in texts:
+                results[name], frame = _perplexity_result(name, found)
+                frames.append(frame)
+    document = {
+        "format": FORMAT,
+        "tasks": {task["task"]: results[task["task"]] for task in tasks},
+        "active": active,
+        "parameters": _parameters(checkpoint),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return document, pd.concat(frames, ignore_index=True)
+
+
+def _documents(task: str) -> list[tuple[str, str]]:
+    domain = task.removeprefix(PREFIX)
+    path = text_directory() / domain / "validation.jsonl"
+    if not path.exists():
+        domains = sorted(entry.name for entry in text_directory().iterdir() if entry.is_dir())
+        raise UserError(f"evaluation: task {task!r} is unknown; {nearest(task, [PREFIX + name for name in domains])}.")
+    return [(row["id"], row["text"]) for row in read_jsonl(path)]
+
+
+def _few_documents(checkpoint: Checkpoint) -> dict[str, list[tuple[str, str]]]:
+    if not _is_moe(checkpoint):
+        return {}
+    domains = sorted(entry.name for entry in text_directory().iterdir() if entry.is_dir())
+    return {PREFIX + domain: _documents(PREFIX + domain)[:ACTIVE_DOCUMENTS] for domain in domains}
+
+
+def _is_moe(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.get("model_type") in family_names()
+
+
+@contextlib.contextmanager
+def _counted(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Document]:
+    """Count the experts that tokens run inside the context; the yielded document is filled when it ends.
+
+    `parameters` are those that a token uses on average: all but the routed experts, and the distinct experts
+    that it runs in each layer. A dense model uses all of its parameters.
+    """
+    active: Document = {"tokens": 0, "experts_per_token": {}}
+    if not _is_moe(checkpoint):
+        yield active
+        active["parameters"] = float(checkpoint.parameters)
+        return
+    with runtime.count_active(model, checkpoint.family) as counter:
+        yield active
+    means = counter.means()
+    one_expert = checkpoint.shape().expert_parameters
+    active["experts_per_token"] = {str(layer): value for layer, value in sorted(means.items())}
+    active["parameters"] = checkpoint.always_active_parameters + math.fsum(means.values()) * one_expert
+
+
+def _parameters(checkpoint: Checkpoint) -> Document:
+    """Parameters in the files and, where a plan repeats tensors in several experts, the distinct ones."""
+    stored = float(checkpoint.parameters)
+    plan = checkpoint.directory / "plan.json"
+    counts = read_json(plan, "espalier.plan/1")["counts"] if plan.exists() else {}
+    experts = max(checkpoint.expert_counts.values()) if _is_moe(checkpoint) else None
+    return {"stored": stored, "unique": float(counts.get("unique", stored)), "experts": experts}
+
+
+def _perplexity_result(name: str, scores: Sequence[DocumentScore]) -> tuple[Document, pd.DataFrame]:
+    frame = pd.DataFrame(
+        {
+            "task": name,
+            "item": [s.id for s in scores],
+            "nll": [s.nll for s in scores],
+            "tokens": [s.tokens for s in scores],
+            "bytes": [s.bytes for s in scores],
+        }
+    )
+    nll, tokens, size = (float(frame[column].sum()) for column in ("nll", "tokens", "bytes"))
+    value = math.exp(nll / tokens)
+    result = {
+        "kind": "perplexity",
+        "metric": "perplexity",
+        "value": value,
+        # The perplexity's own error by the delta method: exp' = exp.
+        "stderr": _finite(value * estimate(frame["nll"], frame["tokens"]).error),
+        "items": len(frame),
+        "tokens": int(tokens),
+        "bytes": int(size),
+        "bits_per_byte": nll / math.log(2) / size,
+    }
+    return result, frame
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _lm_eval(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Document],
+    batch_size: int,
+    progress: Progress | None,
+) -> Iterator[tuple[str, Document, pd.DataFrame]]:
+    from lm_eval import evaluator
+
+    from espalier.harness import SharedContextLM
+
+    with _quiet():
+        loaded = {task["task"]: _load(task["task"]) for task in tasks}
+        leaves = {name: task for found in loaded.values() for name, task in found["tasks"].items()}
+        groups = {name: group for found in loaded.values() for name, group in found["groups"].items()}
+        chosen: dict[str, range] = {}
+        for task in tasks:
+            for name in loaded[task["task"]]["tasks"]:
+                items = len(leaves[name].eval_docs)
+                chosen[name] = range(min(task.get("limit") or items, items))
+        lm = SharedContextLM(model, tokenizer, batch_size, partial(progress, "choices") if progress else None)
+        # Not `simple_evaluate`: it also runs pip and other programs to describe the machine, which takes seconds.
+        found = evaluator.evaluate(
+            lm, {"tasks": leaves, "groups": groups}, samples=chosen, bootstrap_iters=0, log_samples=True
+        )
+    for task in tasks:
+        name = task["task"]
+        frame = pd.concat([_sample_frame(name, leaf, found["samples"][leaf]) for leaf in loaded[name]["tasks"]])
+        yield name, _task_result(name, found["results"].get(name, {}), frame), frame
+
+
+def _load(name: str) -> Document:
+    """Load a task or group; lm-eval's own 14,000 task files are indexed only when one of them is asked for."""
+    from lm_eval.tasks import TaskManager
+
+    own = name in task_names()
+    manager = TaskManager(include_defaults=not own)
+    if not own and name not in manager.all_tasks:
+        known = [*task_names(), *manager.all_tasks]
+        hint = nearest(name, known).split("known:")[0].strip() or "`lm_eval ls tasks` prints the names."
+        raise UserError(f"evaluation: task {name!r} is neither embedded nor lm-eval's; {hint}")
+    try:
+        loaded: Document = manager.load(task_configs([name]) if own else [name])
+    except (ConnectionError, FileNotFoundError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"evaluation: the data of task {name!r} cannot be had ({first}). Go online once.") from None
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return loaded
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence progress bars of `datasets` and lm-eval, and lm-eval's notes, inside the context."""
+    import datasets
+    import lm_eval.api.task as lm_task
+
+    logger, bar = logging.getLogger("lm_eval"), lm_task.tqdm
+    level, bars = logger.level, not datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_task.tqdm = partial(bar, disable=True)  # the only switch that `build_all_requests` leaves
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        lm_task.tqdm = bar
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _sample_frame(task: str, leaf: str, samples: list[Document]) -> pd.DataFrame:
+    """One row an item; metrics of an item that are no plain number (parts of a corpus metric) are left out."""
+    first: dict[int, Document] = {}
+    for sample in samples:  # several answer filters repeat an item; the first is lm-eval's main one
+        first.setdefault(sample["doc_id"], sample)
+    rows = []
+    for number, sample in sorted(first.items()):
+        item = str(sample["doc"].get("id", number)) if leaf in task_names() else str(number)
+        values = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], int | float)}
+        rows.append({"task": task, "item": item if leaf == task else f"{leaf}/{item}"} | values)
+    return pd.DataFrame(rows)
+
+
+def _task_result(name: str, found: Document, frame: pd.DataFrame) -> Document:
+    accuracy = next((metric for metric in ACCURACIES if metric in frame), None)
+    metrics = {
+        key.partition(",")[0]: float(value)
+        for key, value in found.items()
+        if isinstance(value, int | float) and "," in key and "_stderr" not in key and math.isfinite(value)
+    }
+    if accuracy is None:
+        if not metrics:
+            raise UserError(f"evaluation: lm-eval gives no metric for task {name!r}. Leave it out.")
+        metric, value = next(iter(metrics.items()))
+        return {"kind": "other", "metric": metric, "value": value, "stderr": None, "items": len(frame)} | {
+            "metrics": metrics
+        }
+    frame["correct"] = frame[accuracy].astype(float)
+    for metric in ACCURACIES:  # of a group: over all items of its tasks
+        if metric in frame:
+            metrics[metric] = float(np.mean(frame[metric]))
+    return {
+        "kind": "choice",
+        "metric": accuracy,
+        "value": metrics[accuracy],
+        "stderr": _finite(estimate(frame["correct"]).error),
+        "items": len(frame),
+        "metrics": metrics,
+    }

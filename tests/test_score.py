@@ -1,0 +1,203 @@
+"""Scores of a checkpoint: against plain loops, lm-eval's own model, and the sizes of tiny models."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from espalier import score as scoring
+from espalier.errors import UserError
+from tiny import save_tiny, save_tokenizer
+
+DOMAINS = ("wiki", "code")
+ITEMS = 12
+
+
+def words(count: int, generator: torch.Generator) -> str:
+    return " ".join(f"w{n}" for n in torch.randint(3, 95, (count,), generator=generator).tolist())
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of two domains, a choice task `picks` of four choices corrected by PMI, and `plain` without."""
+    root = tmp_path_factory.mktemp("assets")
+    generator = torch.Generator().manual_seed(1)
+    for domain in DOMAINS:
+        (root / "text" / domain).mkdir(parents=True)
+        rows = [{"id": f"{domain}/{n}", "text": words(20 + n, generator)} for n in range(10)]
+        (root / "text" / domain / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "tasks").mkdir()
+    pool = [" " + words(length, generator) for length in (1, 3, 4, 6, 6, 2)]
+    items = [
+        {
+            "id": f"item/{n}",
+            "context": words(12 + n % 2, generator),
+            "choices": [pool[(n + k) % len(pool)] for k in range(4)],
+            "gold": n % 4,
+        }
+        for n in range(ITEMS)
+    ]
+    (root / "tasks" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    for name, metrics in (("picks", ("acc_mutual_info", "acc")), ("plain", ("acc", "acc_norm"))):
+        metric_list = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"validation": "items.jsonl"}},
+            "validation_split": "validation",
+            "output_type": "multiple_choice",
+            "num_fewshot": 0,
+            "doc_to_text": "context",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "target_delimiter": "",
+            "metric_list": metric_list,
+        }
+        (root / "tasks" / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
+    return root
+
+
+@pytest.fixture(autouse=True)
+def local_assets(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from espalier.embedded import tasks
+
+    monkeypatch.setattr(scoring, "text_directory", lambda: assets / "text")
+    monkeypatch.setattr(tasks, "task_directory", lambda: assets / "tasks")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("olmoe", tmp_path_factory.mktemp("moe"))
+
+
+TASKS = [{"task": name, "limit": None, "length": 16} for name in ("perplexity_wiki", "picks", "plain")]
+
+
+def log_likelihood(model: torch.nn.Module, context: list[int], continuation: list[int]) -> float:
+    total = 0.0
+    for n, token in enumerate(continuation):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([context + continuation[:n]])).logits[0, -1].double()
+        total += float(torch.log_softmax(logits, 0)[token])
+    return total
+
+
+def test_choices_equal_a_plain_loop(assets: Path, moe: Path) -> None:
+    document, samples = scoring.score(moe, TASKS, dtype="float32", batch_size=8, device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(moe).eval()
+    items = [json.loads(line) for line in (assets / "tasks" / "items.jsonl").read_text().splitlines()]
+    picks = samples[samples.task == "picks"].set_index("item")
+    plain = samples[samples.task == "plain"].set_index("item")
+    assert list(picks.index) == [item["id"] for item in items]
+    for item in items:
+        context = [int(word[1:]) for word in item["context"].split()]
+        choices = [[int(word[1:]) for word in choice.split()] for choice in item["choices"]]
+        conditional = torch.tensor([log_likelihood(model, context, choice) for choice in choices])
+        alone = torch.tensor([log_likelihood(model, [1], choice) for choice in choices])
+        lengths = torch.tensor([len(choice) for choice in item["choices"]])  # lm-eval's acc_norm: characters
+        row = picks.loc[item["id"]]
+        assert row.acc_mutual_info == row.correct == float((conditional - alone).argmax() == item["gold"])
+        assert row.acc == float(conditional.argmax() == item["gold"])
+        assert plain.loc[item["id"]].acc_norm == float((conditional / lengths).argmax() == item["gold"])
+        assert plain.loc[item["id"]].correct == row.acc
+    result = document["tasks"]["picks"]
+    assert (result["kind"], result["metric"], result["items"]) == ("choice", "acc_mutual_info", ITEMS)
+    assert result["value"] == pytest.approx(picks.correct.mean())
+    assert document["tasks"]["plain"]["metric"] == "acc"
+
+
+def test_shared_contexts_give_the_log_likelihoods_of_lm_evals_own_model(moe: Path) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from espalier.harness import SharedContextLM
+
+    generator = torch.Generator().manual_seed(7)
+    contexts = [words(n, generator) for n in (10, 10, 11, 3, 300)]
+    choices = [" " + words(n, generator) for n in (1, 1, 4, 9)]
+    pairs = [(context, choice) for context in contexts for choice in choices] + [("", choice) for choice in choices]
+    pairs.append(pairs[0])  # an equal request again
+    pairs.append((words(20, generator), choices[0]))  # a context of its own
+    requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(moe).eval(), AutoTokenizer.from_pretrained(moe)
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(requests, disable_tqdm=True)
+    for batch_size in (1, 4, 64):
+        heard: list[tuple[int, int]] = []
+        lm = SharedContextLM(model, tokenizer, batch_size, lambda *p, heard=heard: heard.append(p))
+        found = lm.loglikelihood(requests)
+        assert [value for value, _ in found] == pytest.approx([value for value, _ in stock], abs=1e-4)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in stock]
+        assert heard[-1] == (len(set(pairs)), len(set(pairs)))
+
+
+def test_perplexity_result_is_the_exponential_of_nll_over_tokens(moe: Path) -> None:
+    document, samples = scoring.score(moe, TASKS[:1], dtype="float32", device="cpu")
+    rows = samples[samples.task == "perplexity_wiki"]
+    assert len(rows) == 10
+    assert rows.tokens.tolist() == [20 + n for n in range(10)]
+    result = document["tasks"]["perplexity_wiki"]
+    assert result["value"] == pytest.approx(2.718281828459045 ** (rows.nll.sum() / rows.tokens.sum()))
+    assert result["bits_per_byte"] == pytest.approx(rows.nll.sum() / 0.6931471805599453 / rows.bytes.sum())
+    assert result["items"] == 10
+
+
+def test_active_parameters_of_a_stock_model_are_top_k_experts_a_layer(moe: Path) -> None:
+    document, _ = scoring.score(moe, TASKS[:1], dtype="float32", device="cpu")
+    expert = 3 * 32 * 24
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(moe).parameters())
+    assert document["active"]["experts_per_token"] == {"0": 2.0, "1": 2.0, "2": 2.0}
+    assert document["active"]["parameters"] == total - 3 * 8 * expert + 3 * 2 * expert
+    assert document["parameters"] == {"stored": total, "unique": total, "experts": 8}
+
+
+def test_active_is_measured_without_a_perplexity_task_too(moe: Path) -> None:
+    document, samples = scoring.score(moe, [TASKS[1] | {"limit": 5}], dtype="float32", device="cpu")
+    assert document["active"]["tokens"] == 2 * sum(20 + n for n in range(8))
+    assert list(document["tasks"]) == ["picks"]
+    assert document["tasks"]["picks"]["items"] == len(samples) == 5
+
+
+def test_a_dense_model_uses_all_parameters(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    document, _ = scoring.score(tmp_path, TASKS[:2], dtype="float32", device="cpu")
+    total = sum(p.numel() for p in model.parameters())
+    assert document["active"]["parameters"] == document["parameters"]["stored"] == total
+    assert document["parameters"]["experts"] is None
+
+
+def test_scores_and_samples_come_back_from_disk(moe: Path, tmp_path: Path) -> None:
+    document, samples = scoring.score(moe, TASKS, dtype="float32", device="cpu")
+    path = tmp_path / "scores" / "abc.json"
+    scoring.save_scores(path, document | {"node": "abc"}, samples)
+    assert scoring.load_scores(path)["tasks"] == document["tasks"]
+    pd.testing.assert_frame_equal(scoring.load_samples(path), samples)
+    path.with_suffix(".parquet").unlink()
+    with pytest.raises(UserError, match=r"abc\.parquet: no such file"):
+        scoring.load_samples(path)
+
+
+def test_an_unknown_perplexity_is_named_with_the_nearest(moe: Path) -> None:
+    with pytest.raises(UserError, match="did you mean perplexity_wiki"):
+        scoring.score(moe, [{"task": "perplexity_wikki"}], dtype="float32", device="cpu")
+
+
+def test_an_unknown_task_is_named_with_lm_evals_nearest(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Manager:  # indexing lm-eval's own 14,000 files takes 10 s
+        all_tasks = ("arc_challenge", "boolq")
+
+        def __init__(self, include_defaults: bool) -> None:
+            assert include_defaults
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
+    with pytest.raises(UserError, match="'arc_chalenge' is neither embedded nor lm-eval's; did you mean arc_challenge"):
+        scoring.score(moe, [{"task": "arc_chalenge"}], dtype="float32", device="cpu")
