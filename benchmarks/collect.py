@@ -2,10 +2,11 @@
 
     python benchmarks/collect.py [MODEL] [--rounds N]
 
-MODEL is a checkpoint directory, the embedded model by default; calibration: `embedded`. Probes that look at routed
-outputs only cannot beat one plain pass. `mean_output` and, up to 16 experts, `residual_gram` need every expert on every
-token: their floor is the plain pass with the router's top_k set to E, which runs just that through the library's own
-kernel. One thread, CPU seconds, all variants in turn within each round, medians over the rounds.
+MODEL is a checkpoint directory, the embedded model by default; calibration: 16 sequences of `embedded`.
+Probes that look at routed outputs only cannot beat one plain pass. `mean_output` and, up to 16 experts,
+`residual_gram` need every expert on every token: their floor is the plain pass with the router's top_k set to E,
+which runs just that through the library's own kernel. One thread, CPU seconds, all variants in turn within each
+round, medians over the rounds.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main() -> None:
     checkpoint = Checkpoint(options.model)
     shape, family = checkpoint.shape(), family_of(checkpoint.config)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    array, _, _ = make_tokens(conf.load("calibration", "embedded"), options.model)
+    array, _, _ = make_tokens(conf.load("calibration", "embedded") | {"samples": 4}, options.model)
     ids = torch.from_numpy(array)
 
     def plain() -> None:

@@ -17,6 +17,7 @@ def tiny_model(tmp_path_factory):
 
     def make(family_name, dtype="float32", **changes):
         import torch
+
         from tiny import save_tiny
 
         key = (family_name, dtype, *sorted((name, repr(value)) for name, value in changes.items()))
@@ -30,13 +31,12 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def applied(tiny_model, tmp_path_factory):
-    """Return make(family_name, kind, dtype="float32", **changes) -> (source, out, plan), a kind of example_plans.KINDS."""
+    """Return make(family_name, kind, dtype="float32", **changes) -> (source, out, plan); kinds: example_plans."""
     made = {}
 
     def make(family_name, kind, dtype="float32", **changes):
-        from example_plans import example_plan
-
         from espalier.apply import apply
+        from example_plans import example_plan
 
         key = (family_name, kind, dtype, *sorted((name, repr(value)) for name, value in changes.items()))
         if key not in made:

@@ -29,5 +29,7 @@ def example_plan(family_name: str, kind: str) -> Plan:
     if kind == "uneven_keep":
         layers[2] = (Keep((0, 1, 2, 4, 5, 7)),)
     elif kind == "uneven_remap":
-        layers[2] = (Merge(((0, 1), (2,), (3,), (4, 6), (5,), (7,)), ((0.5, 0.5), (1.0,), (1.0,), (0.9, 0.1), (1.0,), (1.0,))),)  # fmt: skip  # noqa: E501
+        layers[2] = (
+            Merge(((0, 1), (2,), (3,), (4, 6), (5,), (7,)), ((0.5, 0.5), (1.0,), (1.0,), (0.9, 0.1), (1.0,), (1.0,))),
+        )
     return Plan({"name": "example", "ratio": 0.5}, layers)

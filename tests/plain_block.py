@@ -31,9 +31,7 @@ def plain_block(directory, layer, operations, hidden):
     block, parts = NAMES[family][0].format(layer), NAMES[family][1]
     tensors = {name: tensor.double() for name, tensor in tensors_of(directory).items() if name.startswith(block)}
     rows = tensors[f"{block}.gate.weight"]
-    experts = [
-        [tensors[f"{block}.experts.{e}.{part}.weight"] for part in parts] for e in range(len(rows))
-    ]  # fmt: skip
+    experts = [[tensors[f"{block}.experts.{e}.{part}.weight"] for part in parts] for e in range(len(rows))]
     runs_as = list(range(len(rows)))  # stored expert of each router row
     skip = None
     for operation in operations:
@@ -51,7 +49,9 @@ def plain_block(directory, layer, operations, hidden):
             elif operation.router == "remap":
                 runs_as = [next(g for g, group in enumerate(operation.groups) if e in group) for e in runs_as]
             else:  # tie: each member stays an expert of its own
-                merged = [next(m for m, group in zip(merged, operation.groups, strict=True) if e in group) for e in runs_as]  # fmt: skip  # noqa: E501
+                merged = [
+                    next(m for m, group in zip(merged, operation.groups, strict=True) if e in group) for e in runs_as
+                ]
             experts = merged
         elif isinstance(operation, Skip):
             skip = operation

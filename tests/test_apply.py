@@ -10,10 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_plans import GROUPS, KINDS, SHIPPED, WEIGHTS, example_plan, moe_layers
-from plain_block import NAMES, tensors_of
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, VOCABULARY, save_tiny
 
 from espalier import runtime
 from espalier.apply import apply
@@ -22,6 +19,9 @@ from espalier.errors import UserError
 from espalier.families import family_of
 from espalier.plan import Keep, Merge, Plan, Skip
 from espalier.prove import TOLERANCE, prove
+from example_plans import GROUPS, KINDS, SHIPPED, WEIGHTS, example_plan, moe_layers
+from plain_block import NAMES, tensors_of
+from tiny import FAMILIES, VOCABULARY, save_tiny
 
 IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % VOCABULARY
 
@@ -32,7 +32,7 @@ def logits(model):
 
 
 def plan_of(family_name, *operations):
-    return Plan({"name": "example"}, {layer: operations for layer in moe_layers(family_name)})
+    return Plan({"name": "example"}, dict.fromkeys(moe_layers(family_name), operations))
 
 
 def names_around(path):
@@ -68,7 +68,7 @@ def test_written_model_computes_the_live_plan_in_bfloat16(kind, applied):
 def test_layers_may_keep_different_numbers_of_experts(family_name, kind, applied):
     source, out, plan = applied(family_name, kind)
     family = family_of(Checkpoint(source).config)
-    counts = {layer: 4 for layer in moe_layers(family_name)} | {2: 6}
+    counts = dict.fromkeys(moe_layers(family_name), 4) | {2: 6}
     assert Checkpoint(out).expert_counts == counts
     expected = logits(runtime.live(runtime.load(source), plan, family))
     torch.testing.assert_close(logits(runtime.load(out)), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
@@ -160,7 +160,9 @@ def test_shards_may_hold_the_members_of_a_group_apart(tmp_path, tiny_model, appl
     files = Checkpoint(source).files
     assert len(files) > 10
     seen = []
-    report = apply(source, example_plan("mixtral", "remap"), tmp_path / "out", prove=False, progress=lambda *a: seen.append(a))  # fmt: skip  # noqa: E501
+    report = apply(
+        source, example_plan("mixtral", "remap"), tmp_path / "out", prove=False, progress=lambda *a: seen.append(a)
+    )
     assert seen[-1] == (report["bytes"], report["bytes"])
     assert seen == sorted(seen)
     one = tensors_of(applied("mixtral", "remap")[1])
@@ -245,7 +247,9 @@ assert not any(name.split(".")[0] == "espalier" for name in sys.modules)
 
 
 def test_loads_without_espalier_in_processes_side_by_side(tmp_path, applied):
-    made = [applied(family_name, kind) for family_name in FAMILIES for kind in ("keep", "remap", "remap_skip", "keep_skip")]  # fmt: skip  # noqa: E501
+    made = [
+        applied(family_name, kind) for family_name in FAMILIES for kind in ("keep", "remap", "remap_skip", "keep_skip")
+    ]
     expected = {out: logits(runtime.load(out))[:, -1, :4] for _, out, _ in made}
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -286,14 +290,22 @@ def test_side_files_and_card(tmp_path):
     plan = Plan(
         {"name": "reap", "ratio": 0.5, "seed": 0},
         example_plan("olmoe", "keep").layers,
-        model={"id": "org/base", "revision": "abc"},  # fmt: skip  # noqa: E501
+        model={"id": "org/base", "revision": "abc"},
     )
     out = tmp_path / "out"
     apply(source, plan, out, prove=False, card={"calibration": "embedded (128 x 512)", "node": "0123"})
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"} <= set(names_around(out))
     assert not {"pytorch_model.bin", "modeling_espalier.py"} & set(names_around(out))
     card = (out / "README.md").read_text()
-    for expected in ("base_model: org/base\nlicense: apache-2.0", "abc", "`reap` (seed=0)", "0.5", "embedded (128 x 512)", "Stock transformers", "not tried"):  # fmt: skip  # noqa: E501
+    for expected in (
+        "base_model: org/base\nlicense: apache-2.0",
+        "abc",
+        "`reap` (seed=0)",
+        "0.5",
+        "embedded (128 x 512)",
+        "Stock transformers",
+        "not tried",
+    ):
         assert expected in card
     assert "language" not in card
     apply(out, plan_of("olmoe", Skip(0.5)), tmp_path / "skip", prove=False)

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny import save_tiny
 
 import espalier
 from espalier.errors import UserError
 from espalier.plan import Plan
+from tiny import save_tiny
 
 LOAD = """
 import sys, json, torch
@@ -40,6 +40,7 @@ CASES = [
     ("qwen2_moe", torch.float32, "naee"),
     ("qwen2_moe", torch.bfloat16, "hc_smoe"),
 ]
+PROVEN = ("mixtral", "hc_smoe"), ("qwen2_moe", "naee")  # the others are loaded by a test
 EVIDENCE = {"reap": "scores", "naee": "loss", "hc_smoe": "linkage"}
 
 
@@ -61,7 +62,8 @@ def made(folder):
     for family, dtype, method in CASES:
         out = folder / f"{family}-{method}"
         model, tokens, results = folder / f"{family}-{dtype}", folder / "tokens.npz", folder / "results"
-        reports[family, method] = espalier.compress(model, method, tokens, out, ratio=0.5, results=results)
+        prove = (family, method) in PROVEN
+        reports[family, method] = espalier.compress(model, method, tokens, out, ratio=0.5, prove=prove, results=results)
     return reports
 
 
@@ -75,13 +77,16 @@ def test_plan_says_what_was_done_and_why(made, folder, family, dtype, method):
         kept = operation.groups if method == "hc_smoe" else operation.experts
         assert len(kept) == 4
         assert EVIDENCE[method] in plan.evidence[layer]
-    assert plan.method["name"] == method and plan.method["ratio"] == 0.5
-    assert plan.model["id"] == str(folder / f"{family}-{dtype}") and plan.model["revision"].startswith("sha256:")
+    assert plan.method["name"] == method
+    assert plan.method["ratio"] == 0.5
+    assert plan.model["id"] == str(folder / f"{family}-{dtype}")
+    assert plan.model["revision"].startswith("sha256:")
     report = made[family, method]
     assert report["counts"] == plan.counts
     removed = len(layers) * 4 * 3 * 32 * 24
     assert report["source_parameters"] - plan.counts["stored"] >= removed
-    assert report["calibration"] is not None and report["apply"][0]["proof"]["max_abs_diff"] < 1e-3
+    proof = report["apply"][0]["proof"]
+    assert (family, method) not in PROVEN or proof["max_abs_diff"] <= proof["tolerance"] * proof["max_abs_logit"]
 
 
 def test_a_fresh_process_without_espalier_loads_them(made, folder):
@@ -91,7 +96,8 @@ def test_a_fresh_process_without_espalier_loads_them(made, folder):
     assert run.returncode == 0, run.stderr
     for path, found in json.loads(run.stdout.splitlines()[-1]).items():
         family, dtype, method = paths[path]
-        assert found["keys"] == [[], [], []] and found["finite"]
+        assert found["keys"] == [[], [], []]
+        assert found["finite"]
         assert found["dtype"] == str(dtype).removeprefix("torch.")
         assert found["parameters"] == made[family, method]["counts"]["stored"]
 
@@ -114,6 +120,7 @@ def test_a_second_method_sees_what_the_first_left(folder):
         then="naee_skip",
         **{"then.beta": 0.5},
         keep_work=True,
+        prove=False,
         results=folder / "results",
         progress=lambda what, done, total: lines.append((what, done, total)),
     )
@@ -136,23 +143,22 @@ def test_a_method_without_probes_reads_no_tokens_into_the_model(folder, monkeypa
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("espalier.runtime.load", refuse)
-    monkeypatch.setattr("espalier.apply._proof", lambda *_: None)
     report = espalier.compress(
-        folder / "mixtral-torch.float32", "random", folder / "tokens.npz", folder / "random", ratio=0.5, seed=3
+        folder / "mixtral-torch.float32", "random", folder / "tokens.npz", folder / "r", ratio=0.5, seed=3, prove=False
     )
     assert report["counts"]["stored"] < report["source_parameters"]
 
 
-def test_settings_reach_the_method_and_equal_input_gives_equal_bytes(folder, monkeypatch):
-    monkeypatch.setattr("espalier.apply._proof", lambda *_: None)
+def test_settings_reach_the_method_and_equal_input_gives_equal_bytes(folder):
     outs = []
     for n in range(2):
         out = folder / f"again{n}"
-        settings = {"ratio": 0.5, "linkage": "ward", "router": "slice"}
+        settings = {"ratio": 0.5, "linkage": "ward", "router": "slice", "prove": False}
         espalier.compress(folder / "qwen2_moe-torch.float32", "hc_smoe", folder / "tokens.npz", out, **settings)
         outs.append(out)
     plan = Plan.load(outs[0] / "plan.json")
-    assert plan.method["linkage"] == "ward" and plan.layers[0][0].router == "slice"
+    assert plan.method["linkage"] == "ward"
+    assert plan.layers[0][0].router == "slice"
     for name in ("plan.json", "model.safetensors"):
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import save_tiny
 
 from espalier import conf, estimate, forecast
 from espalier.errors import UserError
 from espalier.estimate import Hardware, Sizes
 from espalier.probes import PROBES
+from tiny import save_tiny
 
 KNOWN = {  # billions, as their authors publish them
     "mixtral_8x7b": 46.7,
@@ -64,7 +64,7 @@ def test_sizes_are_those_of_the_files(family, dtype, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
     shard = (tmp_path / "model.safetensors").stat().st_size
-    assert 0 < shard - sizes.disk_bytes < 8192  # the header
+    assert 0 < shard - sizes.disk_bytes < 16384  # the header
     assert (sizes.layers, sizes.experts, sizes.top_k, sizes.vocabulary) == (3, 8, 2, 96)
     assert sizes.moe_layers == (3 if family == "mixtral" else 2)
     assert sizes.expert_parameters == 3 * 32 * 24
@@ -116,7 +116,8 @@ def test_memory_by_hand():
 
 def test_removed_experts_leave_disk_and_rows():
     half = SMALL.without(4)
-    assert half.parameters == 1000 - 2 * 4 * 35 and half.experts == 4
+    assert half.parameters == 1000 - 2 * 4 * 35
+    assert half.experts == 4
     assert SMALL.without(4, rows=False).parameters == 1000 - 2 * 4 * 30
     assert half.disk_bytes == 2 * half.parameters
 

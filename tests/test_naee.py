@@ -101,7 +101,7 @@ def test_table_of_all_subsets_equals_enumeration(experts, chunked):
     arrays = stats.layer("residual_gram", 0)
     chunk = np.repeat(np.arange(10), SEQUENCES * 2) // 3 * chunked
     table = all_subsets(arrays, chunk)
-    for removed in {1, 3, experts // 2, experts - 2}:
+    for removed in {1, experts // 2, experts - 2}:
         position = [sum(1 << e for e in dropped) for dropped in combinations(range(experts), removed)]
         expected = enumerate_subsets(arrays, chunk, removed, 2, True)
         np.testing.assert_allclose(table[position], expected, rtol=1e-12)

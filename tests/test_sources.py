@@ -4,10 +4,10 @@ import hashlib
 import shutil
 
 import pytest
-from stub_hub import StubHub
 
 from espalier import conf, hub, sources
 from espalier.errors import UserError
+from stub_hub import StubHub
 
 OLD, NEW = "a" * 40, "b" * 40
 ID = "org/tiny"
@@ -55,12 +55,14 @@ def test_a_pinned_model_is_downloaded_once(stub, tmp_path):
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (directory / name).read_bytes() == FILES[name]
     assert not (directory / "consolidated.00.pt").exists()
-    assert len(lines) == 1 and str(directory) in lines[0]
+    assert len(lines) == 1
+    assert str(directory) in lines[0]
     asked = len(stub.requests)
     assert sources.resolve(ID, OLD, tmp_path, lines.append) == directory
     assert len(stub.requests) == asked  # a finished download asks nobody
     other = sources.resolve(ID, NEW, tmp_path)
-    assert other != directory and b"olmoe" in (other / "config.json").read_bytes()
+    assert other != directory
+    assert b"olmoe" in (other / "config.json").read_bytes()
 
 
 def test_a_cut_transfer_goes_on_where_it_stopped(stub, tmp_path, monkeypatch):
@@ -114,7 +116,7 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    with pytest.raises(UserError, match="could not be reached .*give its path"):
+    with pytest.raises(UserError, match=r"could not be reached .*give its path"):
         sources.resolve(ID, OLD, tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
@@ -155,7 +157,8 @@ def test_pin_changes_the_value_of_one_line(stub, project):
     assert path.read_text() == before.replace("revision: null # the commit", f"revision: {NEW} # the commit")
     assert conf.load("model", "tiny")["revision"] == NEW
     asked = len(stub.requests)
-    assert sources.pin("tiny")[2] == NEW and len(stub.requests) == asked
+    assert sources.pin("tiny")[2] == NEW
+    assert len(stub.requests) == asked
     model_file(project, revision=OLD)
     assert sources.pin("tiny", update=True) == (path, OLD, NEW)
 
@@ -182,7 +185,8 @@ def test_a_local_directory_is_its_content(tmp_path):
     (model / "model.safetensors").write_bytes(b"weights")
     store = tmp_path / "results"
     revision = sources.revision_of(str(model), None, store)
-    assert revision.startswith("sha256:") and (store / "hashes.json").exists()
+    assert revision.startswith("sha256:")
+    assert (store / "hashes.json").exists()
     assert sources.resolve(str(model), revision, store) == model
     (model / "README.md").write_text("notes are not content")
     assert sources.revision_of(str(model), None, store) == revision

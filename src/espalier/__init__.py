@@ -9,7 +9,7 @@ __all__ = ["compress"]
 def __getattr__(name: str) -> Any:
     # `compress` needs torch; `import espalier` on a login node must not.
     if name == "compress":
-        from espalier.compress import compress
+        from espalier.oneshot import compress
 
         return compress
     raise AttributeError(f"module 'espalier' has no attribute {name!r}")

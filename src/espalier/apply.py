@@ -236,7 +236,7 @@ def _weighted_sum(checkpoint: Checkpoint, members: list[tuple[str, float]]) -> "
         other = _read(checkpoint, name)
         if other.shape != tensor.shape:
             raise UserError(f"{checkpoint.directory}: {name} {list(other.shape)} cannot be merged with {first}.")
-        total.add_(other.double(), alpha=weight)
+        total += other.double().mul_(weight)  # not add_(alpha=): fused multiply-add differs by processor
     return total.to(tensor.dtype)
 
 

@@ -95,13 +95,14 @@ def compress(
     keep_work: Annotated[
         bool, typer.Option("--keep-work", help="Keep tokens, statistics and plans in OUT.work.")
     ] = False,
+    prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Load OUT in a fresh process and compare.")] = True,
     results: Results = Path("results"),
 ) -> None:
     """Compress one model with one method, in one go and without the pipeline.
 
     espalier compress MODEL --method hc_smoe ratio=0.5 linkage=ward --calibration embedded --out DIR
     """
-    from espalier.compress import compress as run
+    from espalier.oneshot import compress as run
     from espalier.progress import show as show_progress
 
     with show_progress() as progress:
@@ -115,6 +116,7 @@ def compress(
             batch_size=batch_size,
             device=device,
             keep_work=keep_work,
+            prove=prove,
             results=results,
             progress=progress,
             **_settings(settings or []),

@@ -47,8 +47,9 @@ class Estimate:
 
     def exp(self, level: float = LEVEL) -> tuple[float, float, float]:
         """Return exp of (value, low, high): a perplexity from a log-perplexity, a ratio from a difference."""
-        low, high = self.interval(level)
-        return math.exp(self.value), math.exp(low), math.exp(high)
+        with np.errstate(over="ignore"):  # a perplexity beyond 1e308 is infinite
+            value, low, high = (float(np.exp(x)) for x in (self.value, *self.interval(level)))
+        return value, low, high
 
 
 def estimate(values: ArrayLike, weights: ArrayLike | None = None) -> Estimate:

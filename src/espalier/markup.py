@@ -49,9 +49,9 @@ def main_rows(table: Document) -> tuple[list[str], list[list[str]]]:
     has_texts = any("perplexity" in line for line in table["summary"])
     has_choices = any("accuracy" in line for line in table["summary"])
     if has_texts:
-        header += ["perplexity [95 %]", "x full [95 %]"]
+        header += ["perplexity [95 %]", "× full [95 %]"]
     if has_choices:
-        header += ["accuracy % [95 %]", "- full [95 %]"]
+        header += ["accuracy % [95 %]", "Δ full [95 %]"]
     rows = []
     for line in table["summary"]:
         row = [name_of(line), str(len(line["seeds"])), *(millions(line[key]) for key in ("stored", "unique", "active"))]
@@ -79,7 +79,7 @@ def task_rows(table: Document) -> tuple[list[str], list[list[str]]]:
 def ordered_tasks(table: Document) -> list[str]:
     """Names of the tasks: perplexities, choices, others, each in the order of the evaluation."""
     kinds = ("perplexity", "choice", "other")
-    return [task for kind in kinds for task, facts in table["tasks"].items() if facts["kind"] == kind]
+    return [task for kind in kinds for task in table["task_order"] if table["tasks"][task]["kind"] == kind]
 
 
 def short(task: str, table: Document) -> str:
@@ -111,24 +111,24 @@ def published_rows(table: Document) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def legend(table: Document) -> list[str]:
-    """Return the sentences that explain the columns."""
-    items = {facts["kind"]: f"{facts['items']:,}" for facts in table["tasks"].values()}
+def legend(table: Document, paired: bool = True) -> list[str]:
+    """Return the sentences that explain the columns, with those of the differences from the full model if `paired`."""
+    kinds = {facts["kind"] for facts in table["tasks"].values()}
     lines = ["Parameters in millions: stored in the files, unique after sharing, active for one token (measured)."]
-    if "perplexity" in items:
-        lines.append(
-            "Perplexity: geometric mean over the texts, lower is better; `x full`: its ratio to the uncompressed "
-            "model's, paired over documents."
-        )
-    if "choice" in items:
-        chance = " (each choice's score less its score without the question)"
+    if "perplexity" in kinds:
+        ratio = "; `× full`: its ratio to the uncompressed model's, paired over documents" if paired else ""
+        lines.append(f"Perplexity (ppl): geometric mean over the texts, lower is better{ratio}.")
+    if "choice" in kinds:
         corrected = any(facts["metric"] == "acc_mutual_info" for facts in table["tasks"].values())
+        how = " (each choice's score less its score without the question)" if corrected else ""
+        difference = "; `Δ full`: difference from the uncompressed model, paired over items, in points"
         lines.append(
-            f"Accuracy: mean over the choice tasks{chance if corrected else ''}, higher is better; `- full`: its "
-            "difference from the uncompressed model's, paired over items, in percentage points."
+            f"Accuracy (acc): mean over the choice tasks{how}, in percent, higher is better"
+            f"{difference if paired else ''}."
         )
+    bounds = "[95 %]" if paired else "±"
     lines.append(
-        "[95 %]: intervals over items or documents; with several seeds their variance over seeds is added. "
+        f"{bounds}: 95 % interval over items or documents; with several seeds, the variance over seeds is added. "
         "The ratio in a method's name is the fraction of experts removed."
     )
     if any(line["dirty"] for line in table["summary"]):
@@ -162,8 +162,13 @@ def _pipe(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "| " + " | ".join(rule) + " |", *map(line, rows)])
 
 
-ESCAPES = {"\\": r"\textbackslash{}", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-           DAGGER: r"$^\dagger$", NONE: "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}  # fmt: skip
+ESCAPES = {character: "\\" + character for character in "%_&#${}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    DAGGER: r"$^\dagger$",
+    NONE: "--",
+}
 
 
 def escape(text: str) -> str:
@@ -190,7 +195,7 @@ def latex(table: Document) -> str:
         ] * has_choices
         body.append("    " + " & ".join(cells) + r" \\")
     caption = escape(f"{table['experiment']}: {table['model']['id'] or 'model'}. ") + " ".join(
-        escape(line.replace("`", "")) for line in legend(table)
+        escape(line) for line in legend(table, paired=False)
     )
     return "\n".join(
         [
@@ -214,4 +219,6 @@ def latex(table: Document) -> str:
 def _half(found: Document | None, show: Callable[[float | None], str]) -> str:
     if not found:
         return "--"
+    if found["high"] is None:
+        return show(found["value"])
     return rf"{show(found['value'])} $\pm$ {show((found['high'] - found['low']) / 2)}"

@@ -20,6 +20,11 @@ Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class EspalierForCausalLM(StockForCausalLM):  # type: ignore[misc]
     """The stock model with the MoE blocks that `config.espalier` describes."""
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for a decorator in the text of the class's own file; the experts are the stock ones.
+        return bool(StockForCausalLM._can_set_experts_implementation())
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         settings = config.espalier
@@ -61,9 +66,10 @@ def _route(experts: Any, inputs: Routed, *, block: Any, skip: dict[str, Any] | N
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
         indices = indices.gather(-1, order)
         kept = _kept(weights, skip)
-        weights = weights * kept
+        left = weights * kept
         if skip["renormalise"]:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            left = left / left.sum(dim=-1, keepdim=True)
+        weights = torch.where(kept.all(dim=-1, keepdim=True), weights, left)  # nothing skipped: the router's own
     if hasattr(block, "expert_map"):
         indices = block.expert_map[indices]
         same = (indices[:, :, None] == indices[:, None, :]) & kept[:, None, :]  # [T, K, K]

@@ -127,7 +127,7 @@ def _skip(router: nn.Module, inputs: Any, output: Routed, *, operation: Skip, re
         descending = row[order].clone()
         keep = next(i for i in range(1, len(row) + 1) if _enough(descending, i, operation))
         row[order[keep:]] = 0
-        if renormalise:
+        if renormalise and keep < len(row):
             row /= row.sum()
     return logits, changed.to(weights.dtype), indices
 

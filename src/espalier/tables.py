@@ -1,8 +1,8 @@
 """Turn scores into a table: tidy rows with intervals, one summary line a label, and its files; imports no torch."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +99,24 @@ def make_table(config: Document, store: Store) -> Table:
         "baseline": None if base is None else base.row["label"],
         "compare": _compare_name(config.get("compare")),
         "tasks": _tasks(measured),
+        "task_order": list(_tasks(measured)),  # the file's objects are sorted by key
         "summary": summary,
         "tidy": _records(tidy),
         "runs": _runs(measured),
     }
-    return Table(tidy, summary, document)
+    return Table(tidy, summary, _finite(document))
 
 
 def _measure(row: Document, store: Store) -> Measured:
     one = Measured(row)
     documents: dict[Path, Document] = {}
+    frames: dict[Path, pd.DataFrame] = {}
     for task, node in row["scores"].items():
         path = store.path(node)
-        documents.setdefault(path, load_scores(path))
+        if path not in documents:
+            documents[path], frames[path] = load_scores(path), load_samples(path)
         one.results[task] = documents[path]["tasks"][task]
-        frame = _samples(path)
+        frame = frames[path]
         one.samples[task] = frame[frame["task"] == task].set_index("item")
     # The active parameters of the process that measured them on the most text.
     most = max(documents.values(), key=lambda document: document["active"]["tokens"])
@@ -122,11 +125,6 @@ def _measure(row: Document, store: Store) -> Measured:
     records = [run_record_path(path) for path in artefacts]
     one.records = [read_json(path, "espalier.run/1") for path in records if path.exists()]
     return one
-
-
-@cache
-def _samples(path: Path) -> pd.DataFrame:
-    return load_samples(path)
 
 
 def _model(weights: str, store: Store) -> Document:
@@ -323,6 +321,15 @@ def _runs(measured: Sequence[Measured]) -> list[Document]:
             if facts not in found:
                 found.append(facts)
     return found
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with null for infinite and unknown numbers (an interval from one item), which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _records(tidy: pd.DataFrame) -> list[Document]:

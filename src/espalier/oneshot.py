@@ -50,6 +50,7 @@ def compress(
     batch_size: int = 8,
     device: str | None = None,
     keep_work: bool = False,
+    prove: bool = True,
     results: str | Path = "results",
     progress: Progress | None = None,
     **settings: Any,
@@ -61,7 +62,7 @@ def compress(
     `calibration`: a name of conf/calibration, a file of tokens or of text. `dtype` the forward pass runs in
     (default: the model's own). `batch_size` in sequences. `device`: `cpu`, `cuda`, default the first GPU, else the
     processor. Hub models are kept in `{results}/models`. `keep_work` keeps tokens, statistics and plans in
-    `{out}.work`.
+    `{out}.work`. `prove=False` leaves out the proof that the output loads and computes what the plan says.
 
     UserError, before the model is loaded where it can be known: `out` exists, an unknown name or key, a dense or
     unknown model, a ratio that leaves too few experts, tokens that do not fit the model, too small a disk.
@@ -97,7 +98,7 @@ def compress(
                 _keep(work, f"{n}-{step.name}", stats, plan, (ids, mask, facts))
             last = n == len(steps) - 1
             target = out if last else work / f"{n}-{step.name}"
-            reports.append(_apply(current, plan, target, card, last, tell))
+            reports.append(_apply(current, plan, target, card, last and prove, tell))
             current = target
     return {
         "out": str(out),

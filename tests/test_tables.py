@@ -1,0 +1,370 @@
+"""Intervals against closed forms and bootstraps; tables of a made-up store with known answers."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from espalier import intervals
+from espalier.errors import UserError
+from espalier.samples import save_scores
+from espalier.store import Node, Store, read_json, run_record_path, write_json
+from espalier.tables import load_table, make_table
+
+DOMAINS = {"perplexity_wiki": 30, "perplexity_code": 12}
+CHOICES = {"cloze_wiki": 80, "maths_choice": 50}
+
+
+# ---- intervals
+
+
+def bootstrap(values: np.ndarray, weights: np.ndarray, draws: int = 4000) -> float:
+    """Standard error of sum(values) / sum(weights) by drawing items with replacement."""
+    generator = np.random.default_rng(0)
+    index = generator.integers(len(values), size=(draws, len(values)))
+    return float((values[index].sum(1) / weights[index].sum(1)).std())
+
+
+def test_mean_is_the_textbooks() -> None:
+    found = intervals.estimate([1.0, 0.0, 1.0, 1.0])
+    assert found.value == 0.75
+    assert found.variance == pytest.approx(np.var([1, 0, 1, 1], ddof=1) / 4)
+    assert found.interval()[1] == pytest.approx(0.75 + 3.182446 * 0.25)  # t(0.975, 3 degrees)
+
+
+def test_ratio_agrees_with_the_bootstrap() -> None:
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(20, 400, 80).astype(float)
+    nll = tokens * generator.normal(3, 0.5, 80)
+    found = intervals.estimate(nll, tokens)
+    assert found.value == pytest.approx(nll.sum() / tokens.sum())
+    assert found.error == pytest.approx(bootstrap(nll, tokens), rel=0.1)
+
+
+def test_paired_difference_agrees_with_the_bootstrap_and_is_narrower() -> None:
+    generator = np.random.default_rng(2)
+    hard = generator.random(300)
+    first, second = ((hard + generator.normal(0, 0.2, 300)) < 0.6 for _ in range(2))
+    difference = first.astype(float) - second.astype(float)
+    found = intervals.estimate(difference)
+    assert found.error == pytest.approx(bootstrap(difference, np.ones(300)), rel=0.1)
+    apart = math.hypot(intervals.estimate(first).error, intervals.estimate(second).error)
+    assert found.error < 0.8 * apart
+
+
+def test_wilson_of_a_worked_example_and_at_the_edges() -> None:
+    # Solve |p - 8/10| = z sqrt(p (1 - p) / 10) for p, the interval's definition.
+    low, high = intervals.wilson(8, 10)
+    for p in (low, high):
+        assert abs(p - 0.8) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / 10), rel=1e-5)
+    assert intervals.wilson(0, 20)[0] == 0
+    assert intervals.wilson(20, 20)[1] == 1
+
+
+def test_one_item_has_no_interval() -> None:
+    assert all(math.isnan(x) for x in intervals.estimate([0.5]).interval())
+
+
+def test_equal_seeds_add_nothing_but_their_items() -> None:
+    values = np.random.default_rng(3).random(40)
+    once, thrice = intervals.estimate(values), intervals.estimate(np.stack([values] * 3))
+    assert thrice.variance == pytest.approx(once.variance)
+
+
+def test_seeds_add_their_variance() -> None:
+    items = np.random.default_rng(4).normal(0, 1, 50)
+    shifts = np.array([0.0, 2.0, 4.0])
+    found = intervals.estimate(items[None] + shifts[:, None])
+    assert found.variance == pytest.approx(items.var(ddof=1) / 50 + 4 / 3)
+    assert 2 < found.freedom < 52  # Welch-Satterthwaite lies between the parts' and their sum
+
+
+def test_mean_of_independent_estimates() -> None:
+    parts = [intervals.estimate(np.random.default_rng(n).normal(n, 1, 30)) for n in range(4)]
+    found = intervals.mean(parts)
+    assert found.value == pytest.approx(np.mean([p.value for p in parts]))
+    assert found.variance == pytest.approx(sum(p.variance for p in parts) / 16)
+    assert intervals.mean_over_seeds([parts]) == found
+
+
+def coverage(draw: Any, truth: float, trials: int = 400) -> float:
+    generator = np.random.default_rng(5)
+    hits = 0
+    for _ in range(trials):
+        low, high = draw(generator)
+        hits += low <= truth <= high
+    return hits / trials
+
+
+def test_intervals_cover_the_truth() -> None:
+    def proportion(g: np.random.Generator) -> tuple[float, float]:
+        return intervals.accuracy_interval((g.random(100) < 0.7).astype(float))[1:]
+
+    def paired(g: np.random.Generator) -> tuple[float, float]:
+        hard = g.random(100)
+        return intervals.estimate((hard < 0.6).astype(float) - (hard + g.normal(0, 0.1, 100) < 0.5)).interval()
+
+    def perplexity(g: np.random.Generator) -> tuple[float, float]:
+        tokens = g.integers(50, 500, 60)
+        level = g.normal(3.0, 0.3, 60)
+        return intervals.estimate(tokens * level, tokens).exp()[1:]
+
+    def seeds(g: np.random.Generator) -> tuple[float, float]:
+        crossed = g.normal(0, 1, 60)[None] + g.normal(0, 0.3, 5)[:, None] + g.normal(0, 0.5, (5, 60))
+        return intervals.estimate(crossed).interval()
+
+    many = np.random.default_rng(6)
+    hard = many.random(2_000_000)
+    difference = float((hard < 0.6).mean() - (hard + many.normal(0, 0.1, hard.size) < 0.5).mean())
+    assert 0.9 <= coverage(proportion, 0.7) <= 0.99
+    assert 0.9 <= coverage(paired, difference) <= 0.99
+    assert 0.9 <= coverage(perplexity, math.exp(3.0)) <= 0.99
+    assert 0.9 <= coverage(seeds, 0.0) <= 0.99
+
+
+# ---- tables
+
+
+class Made:
+    """A store with one fetched model and scored rows, and what was put into it."""
+
+    def __init__(self, root: Path) -> None:
+        self.store = Store(root)
+        self.fetch = Node("fetch", {"id": "org/Tiny-MoE", "revision": "abc"})
+        self.store.write_node(self.fetch)
+        self.rows: list[dict[str, Any]] = []
+        self.samples: list[pd.DataFrame] = []
+
+    def add(
+        self, label: str, method: str = "none", ratio: float | None = None, seed: int | None = None, worse: float = 0.0,
+        dirty: bool = False, items: int | None = None,
+    ) -> None:  # fmt: skip
+        """Score one row; `worse` raises nll per token and the rate of wrong answers."""
+        number = len(self.rows)
+        weights, plan = self.fetch.id, None
+        if method != "none":
+            plan_node = Node("plan", {"name": method, "n": number}, (self.fetch.id,))
+            apply_node = Node("apply", {}, (self.fetch.id, plan_node.id))
+            self.store.write_node(plan_node)
+            self.store.write_node(apply_node)
+            weights, plan = apply_node.id, plan_node.id
+        score = Node("score", {"n": number}, (weights,))
+        self.store.write_node(score)
+        scores, results, frames = {}, {}, []
+        for task, count in (DOMAINS | CHOICES).items():
+            count = min(count, items or count)
+            node = Node("task", {"task": task}, (weights,), made_by=score.id)
+            self.store.write_node(node)
+            scores[task] = node.id
+            frame = self._frame(task, count, number, worse)
+            frames.append(frame)
+            if task in DOMAINS:
+                results[task] = {"kind": "perplexity", "metric": "perplexity", "bits_per_byte": 1.5, "items": count}
+                results[task]["value"] = math.exp(frame.nll.sum() / frame.tokens.sum())
+            else:
+                results[task] = {"kind": "choice", "metric": "acc_mutual_info", "items": count}
+                results[task] |= {"value": frame.correct.mean(), "metrics": {"acc_mutual_info": 0.0, "acc": 0.0}}
+        path = self.store.path(score.id)
+        document = {
+            "format": "espalier.scores/1",
+            "tasks": results,
+            "active": {"tokens": 100, "parameters": 1.6e6 - 1e5 * worse, "experts_per_token": {}},
+            "parameters": {"stored": 5.7e6, "unique": 5.7e6, "experts": 16},
+        }
+        self.samples.append(pd.concat(frames, ignore_index=True))
+        save_scores(path, document, self.samples[-1])
+        record = {"format": "espalier.run/1", "commit": "f" * 40, "dirty": dirty, "versions": {"torch": "2"}}
+        write_json(run_record_path(path), record)
+        self.rows.append(
+            {"label": label, "method": method, "ratio": ratio, "then": None, "seed": seed, "plan": plan,
+             "weights": weights, "scores": scores}
+        )  # fmt: skip
+
+    def _frame(self, task: str, count: int, number: int, worse: float) -> pd.DataFrame:
+        items = np.random.default_rng(len(task))  # what an item is like does not depend on the row
+        own = np.random.default_rng(1000 + number)
+        frame = pd.DataFrame({"task": task, "item": [f"{task}/{n}" for n in range(count)]})
+        if task in DOMAINS:
+            tokens = items.integers(30, 300, count)
+            noise = own.normal(0, 0.02, count) if worse else np.zeros(count)
+            nll = tokens * (items.normal(3, 0.4, count) + worse + noise)
+            return frame.assign(nll=nll, tokens=tokens, bytes=4 * tokens)
+        right = (items.random(count) + worse * own.random(count) < 0.7).astype(float)
+        return frame.assign(acc_mutual_info=right, acc=right, correct=right)
+
+    def table(self, **changes: Any) -> Any:
+        return make_table(
+            {"experiment": "made", "rows": self.rows, "baseline": 0, "compare": None} | changes, self.store
+        )
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    made = Made(tmp_path)
+    made.add("full")
+    made.add("reap 25 %", "reap", 0.25, worse=0.2)
+    for seed in range(3):
+        made.add("random 25 %", "random", 0.25, seed, worse=0.5 + 0.1 * seed)
+    return made
+
+
+def test_tidy_has_a_row_a_seed_task_and_metric(made: Made) -> None:
+    tidy = made.table().tidy
+    assert len(tidy) == 5 * (2 * 2 + 2 * 2)  # perplexity and bits per byte; both accuracies
+    frame = made.samples[1]
+    reap = tidy[(tidy.label == "reap 25 %") & (tidy.metric == "perplexity")].set_index("task")
+    for task, count in DOMAINS.items():
+        rows, base = frame[frame.task == task], made.samples[0][made.samples[0].task == task]
+        assert reap.loc[task].value == pytest.approx(math.exp(rows.nll.sum() / rows.tokens.sum()))
+        ratio = math.exp((rows.nll.sum() - base.nll.sum()) / rows.tokens.sum())
+        assert reap.loc[task].delta == pytest.approx(ratio - 1)
+        assert reap.loc[task, "items"] == count
+        assert reap.loc[task].low < reap.loc[task].value < reap.loc[task].high
+    full = tidy[tidy.label == "full"]
+    assert full.delta.isna().all()
+    assert tidy[tidy.label == "random 25 %"].seed.unique().tolist() == [0, 1, 2]
+
+
+def test_summary_takes_geometric_and_arithmetic_means(made: Made) -> None:
+    table = made.table()
+    by_label = {line["label"]: line for line in table.summary}
+    assert list(by_label) == ["full", "reap 25 %", "random 25 %"]
+    full, reap = by_label["full"], by_label["reap 25 %"]
+    for line, frame in ((full, made.samples[0]), (reap, made.samples[1])):
+        logs = [frame[frame.task == t].nll.sum() / frame[frame.task == t].tokens.sum() for t in DOMAINS]
+        assert line["perplexity"]["value"] == pytest.approx(math.exp(np.mean(logs)))
+        rights = [frame[frame.task == task].correct.mean() for task in CHOICES]
+        assert line["accuracy"]["value"] == pytest.approx(np.mean(rights))
+    assert reap["perplexity"]["ratio"] == pytest.approx(reap["perplexity"]["value"] / full["perplexity"]["value"])
+    assert reap["accuracy"]["delta"] == pytest.approx(reap["accuracy"]["value"] - full["accuracy"]["value"])
+    assert full["perplexity"]["ratio"] is None
+    # Pairing removes what makes a document hard: the ratio is known far better than either perplexity.
+    width = math.log(reap["perplexity"]["ratio_high"] / reap["perplexity"]["ratio_low"])
+    assert width < 0.2 * math.log(reap["perplexity"]["high"] / reap["perplexity"]["low"])
+
+
+def test_seeds_become_one_line_with_a_wider_interval(made: Made) -> None:
+    line = made.table().summary[2]
+    assert line["seeds"] == [0, 1, 2]
+    assert len(line["plans"]) == 3
+    logs = []
+    for frame in made.samples[2:]:
+        logs.append(np.mean([frame[frame.task == t].nll.sum() / frame[frame.task == t].tokens.sum() for t in DOMAINS]))
+    assert line["perplexity"]["value"] == pytest.approx(math.exp(np.mean(logs)))
+    base = made.table().summary[0]["perplexity"]["value"]
+    ratio = line["perplexity"]["value"] / base
+    assert line["perplexity"]["ratio"] == pytest.approx(ratio)
+    # At least the t interval over the three seeds.
+    half = 4.302653 * np.std(logs, ddof=1) / math.sqrt(3)
+    assert math.log(line["perplexity"]["ratio_high"] / ratio) >= 0.95 * half
+    assert line["active"] == pytest.approx(1.6e6 - 1e5 * 0.6)
+
+
+def test_other_items_than_the_baselines_are_refused(made: Made) -> None:
+    made.add("short", "naee", 0.25, worse=0.1, items=10)
+    with pytest.raises(UserError, match=r"scored on \d+ items for '\w+' and on \d+ "):
+        made.table()
+
+
+def test_files_hold_the_table_and_come_back(made: Made, tmp_path: Path) -> None:
+    table = made.table()
+    stem = tmp_path / "tables" / "abc"
+    table.write(stem)
+    read = load_table(stem.with_suffix(".json"))
+    assert read["summary"] == json.loads(json.dumps(table.summary))
+    assert len(read["tidy"]) == len(table.tidy)
+    assert read["model"] == {"id": "org/Tiny-MoE", "revision": "abc"}
+    pd.testing.assert_frame_equal(pd.read_parquet(stem.with_suffix(".parquet")), table.tidy)
+    assert len(pd.read_csv(stem.with_suffix(".csv"))) == len(table.tidy)
+
+
+def test_markdown_columns_align_and_say_what_they_mean(made: Made, tmp_path: Path) -> None:
+    made.add("naee 25 %", "naee", 0.25, worse=0.1, dirty=True)
+    made.table().write(tmp_path / "t")
+    text = (tmp_path / "t.md").read_text()
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 2
+    for block in blocks:
+        assert len({len(line) for line in block}) == 1
+        assert len(block) == 2 + 4
+    assert "| naee 25 % † |" in text
+    assert "uncommitted changes" in text
+    assert "reproduc" not in text.lower()
+
+
+def test_clean_rows_print_no_dagger(made: Made, tmp_path: Path) -> None:
+    made.table().write(tmp_path / "t")
+    assert "†" not in (tmp_path / "t.md").read_text()
+
+
+def test_latex_has_a_cell_for_each_column(made: Made, tmp_path: Path) -> None:
+    made.table().write(tmp_path / "t")
+    lines = (tmp_path / "t.tex").read_text().splitlines()
+    columns = next(line for line in lines if "begin{tabular}" in line).split("{")[-1].rstrip("}")
+    body = lines[lines.index(r"    \midrule") + 1 : lines.index(r"    \bottomrule")]
+    assert len(body) == 3
+    for line in body:
+        assert line.count("&") == len(columns) - 1
+        assert line.endswith(r"\\")
+    assert r"reap 25 \%" in body[1]
+
+
+PUBLISHED = """paper,table,model,setting,method,task,metric,value,source
+made,Table 2,org2/Tiny-MoE,experts=16,baseline,maths_choice,not_stated,70.5,text
+made,Table 2,org2/Tiny-MoE,experts=12,REAP,perplexity_wiki,perplexity,25.5,text
+made,Table 2,org2/Tiny-MoE,experts=12,REAP,avg2,not_stated,61.0,text
+made,Table 2,org2/Tiny-MoE,experts=8,REAP,maths_choice,acc,1.0,text
+made,Table 2,org2/Other,experts=12,REAP,maths_choice,acc,2.0,text
+"""
+
+
+def test_published_numbers_stand_beside_ours(made: Made, tmp_path: Path) -> None:
+    path = tmp_path / "paper.csv"
+    path.write_text(PUBLISHED)
+    table = made.table(compare={"file": str(path), "sha256": "0"})
+    full, reap, random = table.summary
+    assert full["tasks"]["maths_choice"]["published"] == pytest.approx(0.705)
+    assert reap["tasks"]["perplexity_wiki"]["published"] == 25.5
+    ours = reap["tasks"]["perplexity_wiki"]["value"]
+    assert reap["tasks"]["perplexity_wiki"]["published_delta"] == pytest.approx(ours - 25.5)
+    assert reap["accuracy"]["published"] == pytest.approx(0.61)
+    assert "published" not in reap["tasks"]["maths_choice"]  # another ratio, another model
+    assert not any("published" in found for found in random["tasks"].values())
+    table.write(tmp_path / "t")
+    text = (tmp_path / "t.md").read_text()
+    assert "70.5" in text
+    assert "made Table 2 (text)" in text
+    assert "reproduc" not in text.lower()
+
+
+def test_published_file_without_a_needed_column_is_refused(made: Made, tmp_path: Path) -> None:
+    path = tmp_path / "paper.csv"
+    path.write_text("paper,label,task,value\na,b,c,1\n")
+    with pytest.raises(UserError, match="column 'source' is missing"):
+        made.table(compare={"file": str(path), "sha256": "0"})
+
+
+def test_tables_without_a_baseline_have_no_differences(made: Made) -> None:
+    table = made.table(baseline=None)
+    assert table.tidy.delta.isna().all()
+    assert all(line["perplexity"]["ratio"] is None for line in table.summary)
+
+
+def test_a_single_item_gives_null_intervals(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+    made.add("full", items=1)
+    made.add("reap 25 %", "reap", 0.25, worse=0.2, items=1)
+    made.table().write(tmp_path / "t")
+    line = read_json(tmp_path / "t.json", "espalier.table/1")["summary"][1]
+    assert line["perplexity"]["low"] is None
+
+
+def test_tables_import_no_torch() -> None:
+    code = "import sys, espalier.tables; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
