@@ -135,6 +135,9 @@ def test_truncated_shard(sharded):
     path.write_bytes(data + b"x")
     with pytest.raises(UserError, match=f"longer than its header says, {len(data) + 1} bytes instead of {len(data)}"):
         Checkpoint(sharded)
+    path.write_bytes(data.replace(b'"F32"', b'"F4" ', 1))
+    with pytest.raises(UserError, match="has dtype F4, which is quantised"):
+        Checkpoint(sharded)
     path.write_bytes(data[:8] + b"?" + data[9:])
     with pytest.raises(UserError, match="not a safetensors header"):
         Checkpoint(sharded)

@@ -1,9 +1,11 @@
 """Estimates: public parameter counts, sums written out by hand, and the files of real checkpoints."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from espalier import conf, estimate, forecast
+from espalier import conf, estimate, forecast, probes
 from espalier.errors import UserError
 from espalier.estimate import Hardware, Sizes
 from espalier.probes import PROBES
@@ -86,7 +88,10 @@ def test_flops_by_hand():
     assert estimate.collect_flops(SMALL, 7, 16, {"usage"}) == plain
     dense = plain + 7 * 2 * 2 * 6 * 30
     assert estimate.collect_flops(SMALL, 7, 16, {"usage", "mean_output"}) == dense
-    assert estimate.collect_flops(SMALL, 7, 16, {"residual_gram"}) == dense + 7 * 2 * 2 * 36 * 5
+    assert estimate.collect_flops(SMALL, 7, 16, {"residual_gram"}) == dense + 7 * 2 * 2 * 64 * 5
+    many = replace(SMALL, experts=32)  # more than 16 experts: Gram matrices of at most 16,384 tokens
+    plain = estimate.collect_flops(many, 20000, 16, set())
+    assert estimate.collect_flops(many, 20000, 16, {"residual_gram"}) == plain + 16384 * 2 * 2 * (30 * 30 + 32 * 32 * 5)
 
 
 def test_forward_flops_agree_with_torchs_own_count(tmp_path):
@@ -108,10 +113,13 @@ def test_forward_flops_agree_with_torchs_own_count(tmp_path):
 def test_memory_by_hand():
     # one layer at a time: 4 bytes x 6 tokens x (8 x 5 + 2 x (3 x 2 + 2 x 5)), router logits 4 x 6 x 8
     activations = 4 * 6 * (40 + 32) + 4 * 6 * 8
-    assert estimate.forward_memory(SMALL, 2, 3, "float32", head=False) == 4 * 1000 + activations
-    assert estimate.forward_memory(SMALL, 2, 3, "float32", head=True) == 4 * 1000 + activations + 8 * 6 * 10
-    dense = estimate.forward_memory(SMALL, 2, 3, "float32", probes={"mean_output"}, head=False)
-    assert dense == 4 * 1000 + activations + 16 * 6 * 8 * 5
+    assert estimate.collect_memory(SMALL, 12, 2, 3, "float32", {"usage"}) == 4e8 + 4 * 1000 + activations
+    assert estimate.score_memory(SMALL, 2, 3, "float32") == 4e8 + 4 * 1000 + activations + 8 * 6 * 10
+    dense = estimate.collect_memory(SMALL, 12, 2, 3, "float32", {"mean_output"})
+    assert dense == 4e8 + 4 * 1000 + activations + 16 * 6 * 8 * 5
+    # 12 tokens in 2 layers: 36 entries of the triangle, 8 inner products, 8 logits, one norm, one index
+    gram = estimate.collect_memory(SMALL, 12, 2, 3, "float32", {"residual_gram"})
+    assert gram == dense + 2 * 12 * (4 * (36 + 8 + 8 + 1) + 8)
 
 
 def test_removed_experts_leave_disk_and_rows():
@@ -128,8 +136,11 @@ def test_seconds():
     assert Hardware.measured().flops > 1e8
 
 
-def test_dense_probes_are_those_that_say_so():
-    assert {name for name, probe in PROBES.items() if probe.dense} == estimate.DENSE_PROBES
+def test_constants_are_those_of_the_probes():
+    dense = {name for name, probe in PROBES.items() if probe.dense}
+    assert dense | {"residual_gram"} == estimate.DENSE_PROBES
+    assert estimate.GRAM_ALL_TOKENS_EXPERTS == probes.GRAM_ALL_TOKENS_EXPERTS
+    assert estimate.GRAM_TOKENS == probes.GRAM_TOKENS
 
 
 def test_unknown_sizes_are_told():
@@ -160,8 +171,8 @@ def test_a_forecast_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     }  # fmt: skip
     mixtral = estimate.sizes_of("mixtral_8x7b")
     collect = found.stages["collect"].cost
-    probes = {"output_norm", "mean_output", "usage"}
-    assert collect.flops == estimate.collect_flops(mixtral, 32 * 2048, 2048, probes)
+    asked = {"output_norm", "mean_output", "usage"}
+    assert collect.flops == estimate.collect_flops(mixtral, 32 * 2048, 2048, asked)
     assert collect.read == 2 * 46702792704
     # reap slices router rows, hc_smoe keeps them: 32 layers, experts of 3 x 4096 x 14336, rows of 4096
     written = sum(

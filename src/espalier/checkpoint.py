@@ -1,5 +1,6 @@
 """Hugging Face checkpoint directories: read lazily from their safetensors headers, written as a stream of tensors."""
 
+import io
 import json
 import struct
 from collections.abc import Callable, Iterable
@@ -22,21 +23,27 @@ SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
-# Bytes of one number of each safetensors dtype.
+# Bytes of one number and torch's name of each safetensors dtype that is read and written.
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+TORCH_NAMES = {
+    "F64": "float64", "I64": "int64", "U64": "uint64", "F32": "float32", "I32": "int32", "U32": "uint32",
+    "F16": "float16", "BF16": "bfloat16", "I16": "int16", "U16": "uint16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: its shard's name, the safetensors dtype (`BF16`), its shape and bytes."""
+    """Where a tensor lies: its shard's name, the safetensors dtype (`BF16`), its shape, bytes and place in the file."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
     @property
     def size(self) -> int:
@@ -60,7 +67,6 @@ class Checkpoint:
                     raise UserError(f"{self.directory}: tensor {name} lies in {self.entries[name].file} and in {file}.")
                 self.entries[name] = entry
         self._check_index()
-        self._open: dict[str, Any] = {}
 
     def _check_index(self) -> None:
         if not (self.directory / INDEX).exists():
@@ -88,14 +94,16 @@ class Checkpoint:
         return [name for name, entry in self.entries.items() if entry.file == file]
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """Return a tensor, read lazily from the memory-mapped shard."""
-        from safetensors import safe_open
+        """Return a tensor, read from its shard into memory of its own."""
+        import torch
 
-        file = self.entries[name].file
-        if file not in self._open:
-            self._open[file] = safe_open(self.directory / file, framework="pt")
-        tensor: torch.Tensor = self._open[file].get_tensor(name)
-        return tensor
+        entry = self.entries[name]
+        # Not memory-mapped: mapped pages count as the process's memory and grow to the size of the model.
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        with (self.directory / entry.file).open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            _fill(file, raw.numpy().data)
+        return raw.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)
 
     @property
     def parameters(self) -> int:
@@ -207,7 +215,8 @@ def _shards(directory: Path) -> list[str]:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of one safetensors file in the order of their bytes.
 
-    UserError when the file is cut short, holds more than its header says, or is no safetensors file.
+    UserError when the file is cut short, holds more than its header says, is no safetensors file, or has a
+    dtype of less than one byte.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -225,16 +234,31 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header.pop("__metadata__", None)
         spans = sorted((*values["data_offsets"], name) for name, values in header.items())
         entries = {
-            name: TensorEntry(path.name, header[name]["dtype"], tuple(header[name]["shape"]), stop - start)
+            name: TensorEntry(
+                path.name, header[name]["dtype"], tuple(header[name]["shape"]), stop - start, 8 + length + start
+            )
             for start, stop, name in spans
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a safetensors header ({error!r}). Download it again.") from None
+    for name, entry in entries.items():
+        if entry.dtype not in ITEM_BYTES:
+            raise UserError(f"{path}: tensor {name} has dtype {entry.dtype}, which is quantised. Dequantise the model.")
     expected = 8 + length + max((stop for _, stop, _ in spans), default=0)
     if size != expected:
         what = "truncated shard" if size < expected else "longer than its header says"
         raise UserError(f"{path}: {what}, {size} bytes instead of {expected}. Download it again.")
     return entries
+
+
+def _fill(file: io.FileIO, view: memoryview) -> None:
+    """Read until `view` is full: one call reads at most 2 GB."""
+    done = 0
+    while done < len(view):
+        read = file.readinto(view[done:])
+        if not read:
+            raise UserError(f"{file.name}: truncated while it was read. Download it again.")
+        done += read
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,7 @@ def run(
     )
     folder = results / "refs" / experiment
     if code == 0 and not dry and folder.is_dir():
+        print(f"\n{(folder / 'table.md').read_text()}")
         for name in ("table.md", "report.html", "checkpoints"):
             if (folder / name).exists():
                 print(f"{name.split('.')[0]:12}{folder / name}")
@@ -187,14 +188,14 @@ def estimate(
 ) -> None:
     """Estimate bytes, FLOPs, peak memory, disk and time before anything runs."""
     from espalier import conf, forecast
-    from espalier.estimate import Hardware, sizes_of
+    from espalier.estimate import Hardware
 
     measured = Hardware.measured() if flops is None else Hardware(flops)
     hardware = Hardware(measured.flops, disk, startup)
     if name in conf.names("experiment"):
         forecast.render(forecast.forecast(name, overrides or [], results, hardware), hardware)
     else:
-        forecast.render_model(name, sizes_of(name), hardware, tokens, length, batch_size)
+        forecast.render_model(name, hardware, tokens, length, batch_size)
 
 
 @app.command(rich_help_panel=LOOK)

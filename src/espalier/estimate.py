@@ -3,15 +3,17 @@
 Legend: T tokens, L sequence length, E experts, K chosen, D hidden, V vocabulary, A attention width (heads x head
 size), N decoder layers, M MoE layers, P parameters, p parameters of one expert, b bytes per parameter.
 
-    FLOPs of a forward pass    T (2 P_used + 2 N A L)  causal attention: L/2 keys a token
+    FLOPs of a forward pass    T (2 P_used + 2 N A L)   causal attention: L/2 keys a token, scores and sum
       P_used, with the head    P - M (E - K) p - V D    the input embedding is looked up; a tied one is the head too
-      P_used, collecting       the same - V D                          `collect` stops before the output head
-    all experts on all tokens  2 T M (E - K) p                         on top, for probes that need every output
-    Gram matrices              2 T M E (E + 1) / 2 D                   on top, for `residual_gram`
-    checkpoint on disk         b P; after removing r experts a layer   b (P - M r p)
-    memory of a forward pass   b' P + activations, b' of the dtype it runs in: the whole model is in memory
+      P_used, collecting       the same - V D           `collect` stops before the output head
+    all experts on T' tokens   2 T' M (E - K) p         on top, for `mean_output` (T' = T) and `residual_gram`
+    Gram matrices              2 T' M E^2 D             on top, for `residual_gram`: T' = T if E <= 16, else <= 16,384
+    checkpoint on disk         b P; b (P - M r (p + D)) after removing r experts a layer with their router rows
+    memory of a forward pass   b' P + activations + 0.4 GB, b' of the dtype it runs in: the whole model is in memory
       activations              b' B L (8 D + K (3 F + 2 D)) + 4 B L E, one layer at a time; scoring adds 8 B L V
-      probes of all experts    2 x 8 min(B L E D, 2^26): their float64 copies are made in chunks
+      all experts' outputs     2 x 8 min(B L E D, 2^26): their float64 copies are made in chunks
+      kept by residual_gram    M T' (4 (E (E + 1) / 2 + 2 E + 1) + 8)
+    memory of apply's proof    4 P + 0.4 GB
     seconds                    FLOPs / (FLOP/s x 0.4) + bytes / (bytes/s) + start-up of each job
 """
 
@@ -26,7 +28,9 @@ from espalier.errors import UserError
 from espalier.families import family_of, names
 
 DENSE_PROBES = frozenset({"mean_output", "residual_gram"})  # those that need every expert's output
+GRAM_ALL_TOKENS_EXPERTS, GRAM_TOKENS = 16, 16384  # residual_gram: all tokens up to so many experts, else so many
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PROCESS_BYTES = 4e8  # of a Python process with torch and transformers
 EFFICIENCY = 0.4  # of a large matrix product's FLOP/s, that a forward pass reaches
 CHUNK_NUMBERS = 2**26
 
@@ -82,12 +86,13 @@ class Hardware:
         """This machine's processor, by one matrix product; the disk's default is that of a common SSD."""
         import numpy as np
 
-        n = 1024
+        n, best = 1024, float("inf")
         a = np.ones((n, n), dtype=np.float32)
-        a @ a
-        start = time.perf_counter()
-        a @ a
-        return cls(flops=2 * n**3 / (time.perf_counter() - start))
+        for _ in range(5):  # the fastest: others may be using the machine
+            start = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - start)
+        return cls(flops=2 * n**3 / best)
 
     def seconds(self, flops: float, moved: float) -> float:
         return flops / (EFFICIENCY * self.flops) + moved / self.disk + self.startup
@@ -166,11 +171,14 @@ def forward_flops(sizes: Sizes, tokens: int, length: int, head: bool = True) -> 
 def collect_flops(sizes: Sizes, tokens: int, length: int, probes: frozenset[str] | set[str]) -> float:
     """FLOPs of one calibration pass that feeds `probes`."""
     flops = forward_flops(sizes, tokens, length, head=False)
-    if probes & DENSE_PROBES:
-        flops += 2.0 * tokens * sizes.moe_layers * (sizes.experts - sizes.top_k) * sizes.expert_parameters
-    if "residual_gram" in probes:
-        flops += 2.0 * tokens * sizes.moe_layers * sizes.experts * (sizes.experts + 1) / 2 * sizes.hidden
-    return flops
+    gram = _gram_tokens(sizes, tokens) if "residual_gram" in probes else 0
+    every = tokens if "mean_output" in probes else gram
+    flops += 2.0 * every * sizes.moe_layers * (sizes.experts - sizes.top_k) * sizes.expert_parameters
+    return flops + 2.0 * gram * sizes.moe_layers * sizes.experts**2 * sizes.hidden
+
+
+def _gram_tokens(sizes: Sizes, tokens: int) -> int:
+    return tokens if sizes.experts <= GRAM_ALL_TOKENS_EXPERTS else min(tokens, GRAM_TOKENS)
 
 
 def activation_bytes(sizes: Sizes, batch: int, length: int, dtype: str, *, dense: bool = False, head: bool) -> float:
@@ -185,13 +193,27 @@ def activation_bytes(sizes: Sizes, batch: int, length: int, dtype: str, *, dense
     return float(peak)
 
 
-def forward_memory(
-    sizes: Sizes, batch: int, length: int, dtype: str, *, probes: frozenset[str] | set[str] = frozenset(), head: bool
+def collect_memory(
+    sizes: Sizes, tokens: int, batch: int, length: int, dtype: str, probes: frozenset[str] | set[str]
 ) -> float:
-    """Peak bytes of a forward pass with the whole model in memory, as it is done here."""
-    weights = DTYPE_BYTES[dtype] * sizes.parameters
-    dense = bool(probes & DENSE_PROBES)
-    return weights + activation_bytes(sizes, batch, length, dtype, dense=dense, head=head)
+    """Peak bytes of a calibration pass over `tokens` that feeds `probes`, with the whole model in memory."""
+    activations = activation_bytes(sizes, batch, length, dtype, dense=bool(probes & DENSE_PROBES), head=False)
+    kept = 0
+    if "residual_gram" in probes:
+        row = 4 * (sizes.experts * (sizes.experts + 1) // 2 + 2 * sizes.experts + 1) + 8
+        kept = sizes.moe_layers * _gram_tokens(sizes, tokens) * row
+    return PROCESS_BYTES + DTYPE_BYTES[dtype] * sizes.parameters + activations + kept
+
+
+def score_memory(sizes: Sizes, batch: int, length: int, dtype: str) -> float:
+    """Peak bytes of scoring `batch` sequences at a time, with the whole model in memory."""
+    activations = activation_bytes(sizes, batch, length, dtype, head=True)
+    return PROCESS_BYTES + DTYPE_BYTES[dtype] * sizes.parameters + activations
+
+
+def proof_memory(sizes: Sizes) -> float:
+    """Peak bytes of the proof of a written checkpoint, which computes in float32."""
+    return PROCESS_BYTES + 4.0 * sizes.parameters
 
 
 def checkpoint_bytes(source: Path, ratios: list[float | None]) -> float:

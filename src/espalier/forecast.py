@@ -7,7 +7,17 @@ from typing import Any
 
 from espalier import conf, sources
 from espalier.errors import UserError
-from espalier.estimate import DTYPE_BYTES, Hardware, Sizes, collect_flops, forward_flops, forward_memory, sizes_of
+from espalier.estimate import (
+    DTYPE_BYTES,
+    Hardware,
+    Sizes,
+    collect_flops,
+    collect_memory,
+    forward_flops,
+    proof_memory,
+    score_memory,
+    sizes_of,
+)
 from espalier.graph import expand, save
 from espalier.store import Store
 
@@ -129,7 +139,7 @@ class _Reckoner:
         return Cost(
             flops=collect_flops(sizes, tokens, length, probes),
             read=sizes.disk_bytes,
-            memory=forward_memory(sizes, batch, length, _dtype(config), probes=probes, head=False),
+            memory=collect_memory(sizes, tokens, batch, length, _dtype(config), probes),
         )
 
     def _apply(self, job: dict[str, Any]) -> Cost:
@@ -138,7 +148,7 @@ class _Reckoner:
             return Cost()
         # Written once, then the proof reads both and computes in float32.
         read = 2 * before.disk_bytes + after.disk_bytes
-        return Cost(read=read, written=after.disk_bytes, memory=4.0 * before.parameters)
+        return Cost(read=read, written=after.disk_bytes, memory=proof_memory(before))
 
     def _score(self, job: dict[str, Any]) -> Cost:
         sizes, config = self._weights(job), job["config"]
@@ -148,7 +158,7 @@ class _Reckoner:
         for task in config["tasks"]:
             length = task.get("length") or SCORE_LENGTH
             flops += forward_flops(sizes, self._scored_tokens(task), length)
-        memory = forward_memory(sizes, self.runtime["score_batch_size"], length, _dtype(config), head=True)
+        memory = score_memory(sizes, self.runtime["score_batch_size"], length, _dtype(config))
         return Cost(flops=flops, read=sizes.disk_bytes, memory=memory)
 
     def _weights(self, job: dict[str, Any]) -> Sizes | None:
@@ -192,10 +202,8 @@ class _Reckoner:
         if domain != name and own.is_file():
             return int(own.stat().st_size / BYTES_PER_TOKEN)
         if items.is_file():
-            lines = items.read_bytes().splitlines()
-            chosen = lines[:limit]
-            # Every continuation is scored with its context at worst; four are the commonest number.
-            return int(4 * sum(map(len, chosen)) / BYTES_PER_TOKEN)
+            # A line holds a context and its continuations, which share it when they are scored.
+            return int(sum(map(len, items.read_bytes().splitlines()[:limit])) / BYTES_PER_TOKEN)
         if name in KNOWN_TASKS:
             count, continuations, tokens = KNOWN_TASKS[name]
             return min(count, limit or count) * continuations * tokens
@@ -228,11 +236,12 @@ def render(forecast: Forecast, hardware: Hardware) -> None:
         console.print(f"not counted: {line}", highlight=False)
 
 
-def render_model(name: str, sizes: Sizes, hardware: Hardware, tokens: int, length: int, batch_size: int) -> None:
+def render_model(name: str, hardware: Hardware, tokens: int, length: int, batch_size: int) -> None:
     """Print what one model takes to store, calibrate and compress."""
     from rich.console import Console
     from rich.table import Table
 
+    sizes = sizes_of(name)
     table = Table(title=f"{name}: {sizes.parameters:,} parameters", title_justify="left", show_header=False)
     experts = (
         f"{sizes.experts} in each of {sizes.moe_layers} layers, {sizes.top_k} a token" if sizes.experts else "none"
@@ -243,17 +252,18 @@ def render_model(name: str, sizes: Sizes, hardware: Hardware, tokens: int, lengt
     for ratio in (0.25, 0.5) if sizes.experts else ():
         smaller = sizes.without(round(ratio * sizes.experts))
         table.add_row(f"  with {ratio:.0%} of the experts removed", f"{smaller.disk_bytes / 1e9:.2f} GB")
-    dtype = "float32" if sizes.bytes_per_parameter == 4 else "bfloat16"
+    stored = {"dtype": "float32" if sizes.bytes_per_parameter > 2 else "bfloat16"}
+    dtype = _dtype(stored | sources.model_config(name))
     cases: list[tuple[str, frozenset[str]]] = [("calibration", frozenset())]
     if sizes.experts:
         cases.append(("calibration, all experts (hc_smoe)", frozenset({"mean_output"})))
         cases.append(("calibration, Gram matrices (naee)", frozenset({"residual_gram"})))
     for what, probes in cases:
         flops = collect_flops(sizes, tokens, length, probes)
-        memory = forward_memory(sizes, batch_size, length, dtype, probes=probes, head=False)
+        memory = collect_memory(sizes, tokens, batch_size, length, dtype, probes)
         seconds = hardware.seconds(flops, sizes.disk_bytes)
         table.add_row(what, f"{flops / 1e12:,.2f} TFLOP, {_time(seconds)}, {memory / 1e9:.2f} GB of memory")
-    table.add_row("proof of a written checkpoint", f"{4 * sizes.parameters / 1e9:.2f} GB of memory (float32)")
+    table.add_row("proof of a written checkpoint", f"{proof_memory(sizes) / 1e9:.2f} GB of memory (float32)")
     console = Console()
     console.print(table)
     console.print(f"Calibration on {tokens:,} tokens of {length} in {dtype}. {_terms(hardware)}", highlight=False)

@@ -72,6 +72,17 @@ def _profile(root: Path, name: str) -> Path:
     return path
 
 
+def tell_jobs(source: Path, runtime: str) -> None:
+    """Set what jobs inherit from the main process, on this machine and through sbatch --export=ALL.
+
+    They run this Python, find the package in `source` and the run's settings under the hash `runtime`.
+    """
+    python, search = str(Path(sys.executable).parent), str(source.resolve())
+    os.environ["PATH"] = os.pathsep.join([python, os.environ.get("PATH", os.defpath)])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [search, os.environ.get("PYTHONPATH")]))
+    os.environ["ESPALIER_RUNTIME"] = runtime
+
+
 @contextlib.contextmanager
 def run_lock(results: Path, experiment: str) -> Iterator[int]:
     """Hold the lock of a results folder and yield its file descriptor, which Snakemake inherits.

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from espalier.errors import UserError
 
+CPU_TOKENS = 2304  # tokens a batch on a processor: more leave its cache (8 windows of 256 ran 1.4 times as fast as 32)
+
 Window = tuple[int, list[int], int]  # document, token ids, how many of them are predicted
 
 
@@ -62,7 +64,7 @@ def document_scores(
     """Score `documents`, pairs of (id, text), with windows of `length` tokens.
 
     Every token is predicted once, the first from the start token alone. Windows are sorted by length and
-    padded in batches of `batch_size`, with the padding masked; log-softmax is taken in fp32 and summed in fp64.
+    padded in batches of at most `batch_size`, with the padding masked; log-softmax is taken in fp32 and summed in fp64.
     `progress` hears (windows done, windows in all). UserError when `length` exceeds the model's positions.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -74,12 +76,15 @@ def document_scores(
     cut = [window for number, ids in enumerate(encoded) for window in windows(number, ids, start, length)]
     cut.sort(key=lambda window: -len(window[1]))
     nll = torch.zeros(len(documents), dtype=torch.float64)
-    for done in range(0, len(cut), batch_size):
-        batch = cut[done : done + batch_size]
+    done = 0
+    while done < len(cut):
+        fit = max(1, CPU_TOKENS // len(cut[done][1])) if model.device.type == "cpu" else batch_size
+        batch = cut[done : done + min(batch_size, fit)]
         for (document, _, _), value in zip(batch, _batch_nll(model, batch), strict=True):
             nll[document] += value
+        done += len(batch)
         if progress is not None:
-            progress(done + len(batch), len(cut))
+            progress(done, len(cut))
     return [
         DocumentScore(id, float(nll[n]), len(encoded[n]), len(text.encode())) for n, (id, text) in enumerate(documents)
     ]

@@ -85,6 +85,7 @@ def _watch_gaps(model: Any, family: Family) -> list[torch.Tensor]:
 
 
 def main(argv: list[str]) -> int:
+    """Prove and print the report; return 1 when the proof fails."""
     source, out = Path(argv[0]), Path(argv[1])
     report = prove(source, out, Plan.load(Path(argv[2]) if len(argv) > 2 else out / "plan.json"))
     print(json.dumps(report))

@@ -2,9 +2,9 @@ rule tokens:
     input:
         parents,
     output:
-        RESULTS + "/tokens/{id}.safetensors",
+        f"{RESULTS}/tokens/{{id}}.safetensors",
     log:
-        RESULTS + "/logs/tokens/{id}.log",
+        f"{RESULTS}/logs/tokens/{{id}}.log",
     conda:
         "../../environment.yml"
     resources:
@@ -14,7 +14,7 @@ rule tokens:
         "tokens {wildcards.id}: {params.label}"
     params:
         label=label,
-        results=RESULTS,
+        results=results_folder,
     shell:
         "OMP_NUM_THREADS={threads} python -m espalier tokens {wildcards.id} --results {params.results}"
         " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
@@ -24,9 +24,9 @@ rule collect:
     input:
         parents,
     output:
-        RESULTS + "/stats/{id}.safetensors",
+        f"{RESULTS}/stats/{{id}}.safetensors",
     log:
-        RESULTS + "/logs/collect/{id}.log",
+        f"{RESULTS}/logs/collect/{{id}}.log",
     conda:
         "../../environment.yml"
     threads: 2
@@ -37,7 +37,7 @@ rule collect:
         "collect {wildcards.id}: {params.label}"
     params:
         label=label,
-        results=RESULTS,
+        results=results_folder,
     shell:
         "OMP_NUM_THREADS={threads} python -m espalier collect {wildcards.id} --results {params.results}"
         " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
@@ -47,9 +47,9 @@ rule plan:
     input:
         parents,
     output:
-        RESULTS + "/plans/{id}.json",
+        f"{RESULTS}/plans/{{id}}.json",
     log:
-        RESULTS + "/logs/plan/{id}.log",
+        f"{RESULTS}/logs/plan/{{id}}.log",
     conda:
         "../../environment.yml"
     resources:
@@ -59,7 +59,7 @@ rule plan:
         "plan {wildcards.id}: {params.label}"
     params:
         label=label,
-        results=RESULTS,
+        results=results_folder,
     shell:
         "OMP_NUM_THREADS={threads} python -m espalier plan {wildcards.id} --results {params.results}"
         " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
@@ -69,9 +69,9 @@ rule apply:
     input:
         parents,
     output:
-        directory(RESULTS + "/checkpoints/{id}"),
+        directory(f"{RESULTS}/checkpoints/{{id}}"),
     log:
-        RESULTS + "/logs/apply/{id}.log",
+        f"{RESULTS}/logs/apply/{{id}}.log",
     conda:
         "../../environment.yml"
     resources:
@@ -81,7 +81,7 @@ rule apply:
         "apply {wildcards.id}: {params.label}"
     params:
         label=label,
-        results=RESULTS,
+        results=results_folder,
     shell:
         "OMP_NUM_THREADS={threads} python -m espalier apply {wildcards.id} --results {params.results}"
         " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"

@@ -2,9 +2,9 @@ rule score:
     input:
         parents,
     output:
-        RESULTS + "/scores/{id}.json",
+        f"{RESULTS}/scores/{{id}}.json",
     log:
-        RESULTS + "/logs/score/{id}.log",
+        f"{RESULTS}/logs/score/{{id}}.log",
     conda:
         "../../environment.yml"
     resources:
@@ -14,7 +14,7 @@ rule score:
         "score {wildcards.id}: {params.label}"
     params:
         label=label,
-        results=RESULTS,
+        results=results_folder,
     shell:
         "OMP_NUM_THREADS={threads} python -m espalier score {wildcards.id} --results {params.results}"
         " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"

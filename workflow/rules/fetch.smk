@@ -4,16 +4,16 @@ localrules:
 
 rule fetch:
     output:
-        RESULTS + "/models/{id}.json",
+        f"{RESULTS}/models/{{id}}.json",
     log:
-        RESULTS + "/logs/fetch/{id}.log",
+        f"{RESULTS}/logs/fetch/{{id}}.log",
     conda:
         "../../environment.yml"
     message:
         "fetch {wildcards.id}: {params.label}"
     params:
         label=label,
-        results=RESULTS,
+        results=results_folder,
     shell:
         "OMP_NUM_THREADS={threads} python -m espalier fetch {wildcards.id} --results {params.results}"
         " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"

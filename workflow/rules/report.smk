@@ -7,16 +7,16 @@ rule table:
     input:
         parents,
     output:
-        RESULTS + "/tables/{id}.json",
+        f"{RESULTS}/tables/{{id}}.json",
     log:
-        RESULTS + "/logs/table/{id}.log",
+        f"{RESULTS}/logs/table/{{id}}.log",
     conda:
         "../../environment.yml"
     message:
         "table {wildcards.id}: {params.label}"
     params:
         label=label,
-        results=RESULTS,
+        results=results_folder,
     shell:
         "OMP_NUM_THREADS={threads} python -m espalier table {wildcards.id} --results {params.results}"
         " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
@@ -26,16 +26,16 @@ rule report:
     input:
         parents,
     output:
-        RESULTS + "/reports/{id}.html",
+        f"{RESULTS}/reports/{{id}}.html",
     log:
-        RESULTS + "/logs/report/{id}.log",
+        f"{RESULTS}/logs/report/{{id}}.log",
     conda:
         "../../environment.yml"
     message:
         "report {wildcards.id}: {params.label}"
     params:
         label=label,
-        results=RESULTS,
+        results=results_folder,
     shell:
         "OMP_NUM_THREADS={threads} python -m espalier report {wildcards.id} --results {params.results}"
         " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"

@@ -5,9 +5,9 @@
 
 rule corpora:
     output:
-        directory(RESULTS + "/corpora"),
+        directory(f"{RESULTS}/corpora"),
     log:
-        RESULTS + "/logs/corpora.log",
+        f"{RESULTS}/logs/corpora.log",
     conda:
         "../../environment.yml"
     message:
@@ -18,11 +18,11 @@ rule corpora:
 
 rule train_embedded:
     input:
-        RESULTS + "/corpora",
+        f"{RESULTS}/corpora",
     output:
-        directory(RESULTS + "/embedded"),
+        directory(f"{RESULTS}/embedded"),
     log:
-        RESULTS + "/logs/train_embedded.log",
+        f"{RESULTS}/logs/train_embedded.log",
     conda:
         "../../environment.yml"
     threads: 2
