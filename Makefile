@@ -30,6 +30,7 @@ demo: env
 
 results: env
 	$(BIN)/espalier run results --cores $(CORES)
+	$(BIN)/python docs/publish.py results/refs/results
 
 test: env
 	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup

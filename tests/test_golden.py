@@ -1,0 +1,142 @@
+"""What each stage makes of a tiny model, held to values frozen for the stage's VERSION.
+
+A failure means that a stage's output changed: raise VERSION[stage] in store.py if that was meant, since results
+made before would otherwise be taken for new ones, then write the values again: `python tests/test_golden.py`.
+"""
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from espalier.store import VERSION
+
+GOLDEN = Path(__file__).parent / "golden"
+STAGES = ("tokens", "collect", "plan", "apply", "score")
+RATIO = {"ratio": 0.5}
+
+
+def source(work, dtype="float32"):
+    import torch
+
+    from tiny import save_tiny
+
+    directory = work / dtype
+    return directory if directory.exists() else save_tiny("mixtral", directory, getattr(torch, dtype))
+
+
+def statistics(work):
+    import torch
+
+    from espalier import runtime
+    from espalier.checkpoint import Checkpoint
+    from espalier.collect import collect
+    from espalier.probes import PROBES
+
+    directory = source(work)
+    checkpoint = Checkpoint(directory)
+    ids = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(1))
+    model = runtime.load(directory, "float32")
+    return collect(model, checkpoint.shape(), checkpoint.family, ids, None, list(PROBES)), checkpoint
+
+
+def tokens(work):
+    from espalier import conf
+    from espalier.sources import ASSETS
+    from espalier.tokens import make_tokens
+
+    ids, mask, _ = make_tokens(conf.load("calibration", "embedded"), ASSETS / "model")
+    assert mask is None
+    return {"shape": list(ids.shape), "sha256": hashlib.sha256(np.ascontiguousarray(ids, "<i4").tobytes()).hexdigest()}
+
+
+def collected(work):
+    stats, _ = statistics(work)
+    return {
+        f"{probe}.{layer}.{name}": [float(np.sum(array)), float(np.linalg.norm(array.astype(np.float64)))]
+        for (probe, layer), named in sorted(stats.arrays.items())
+        for name, array in sorted(named.items())
+    }
+
+
+def plans(work):
+    from espalier import conf
+    from espalier.methods import build
+
+    stats, checkpoint = statistics(work)
+    found = {}
+    for name in conf.names("method"):
+        if name != "none":
+            config = conf.load("method", name)
+            plan = build(config | (RATIO if "ratio" in config else {})).plan(stats, checkpoint.shape())
+            found[name] = plan.document()["layers"]
+    return json.loads(json.dumps(found))
+
+
+def applied(work):
+    from safetensors.numpy import load_file
+
+    from espalier.apply import apply
+    from espalier.plan import Keep, Merge, Plan, Skip
+
+    merge = Merge(((0, 3), (1,), (2, 4, 5), (6,), (7,)), ((0.25, 0.75), (1.0,), (0.5, 0.25, 0.25), (1.0,), (1.0,)))
+    plans = {
+        "keep": Plan({"name": "golden"}, {n: (Keep((0, 2, 3, 7)),) for n in range(3)}),
+        "merge": Plan({"name": "golden"}, dict.fromkeys(range(3), (merge,))),
+        "skip": Plan({"name": "golden"}, {n: (Skip(0.5),) for n in range(3)}),
+    }
+    found = {}
+    for name, plan in plans.items():
+        apply(source(work), plan, work / name, prove=False)
+        tensors = load_file(work / name / "model.safetensors")
+        total = hashlib.sha256()
+        for key in sorted(tensors):
+            total.update(key.encode() + np.round(tensors[key].astype(np.float64), 5).tobytes())
+        found[name] = {"tensors": len(tensors), "sha256": total.hexdigest()}
+    return found
+
+
+def scored(work):
+    from transformers import AutoTokenizer
+
+    from espalier import runtime
+    from espalier.perplexity import document_scores
+
+    directory = source(work)
+    texts = [(str(n), " ".join(f"w{3 + (7 * n + 5 * m) % 90}" for m in range(10 + 9 * n))) for n in range(6)]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    found = document_scores(runtime.load(directory, "float32"), tokenizer, texts, length=16)
+    return {score.id: [score.nll, score.tokens, score.bytes] for score in found}
+
+
+MAKE = {"tokens": tokens, "collect": collected, "plan": plans, "apply": applied, "score": scored}
+
+
+def same(found, golden):
+    """Equal, floats to 1e-5: another processor sums in another order."""
+    if isinstance(golden, dict):
+        return found.keys() == golden.keys() and all(same(found[key], golden[key]) for key in golden)
+    if isinstance(golden, list):
+        return len(found) == len(golden) and all(map(same, found, golden))
+    return found == (pytest.approx(golden, rel=1e-5, abs=1e-6) if isinstance(golden, float) else golden)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_makes_what_its_version_made(stage, tmp_path):
+    path = GOLDEN / f"{stage}-{VERSION[stage]}.json"
+    assert path.exists(), f"VERSION[{stage!r}] is {VERSION[stage]}: run python tests/test_golden.py"
+    golden, found = json.loads(path.read_text()), MAKE[stage](tmp_path)
+    different = [key for key in golden if key not in found or not same(found[key], golden[key])]
+    assert not different, f"{stage}: {different[:3]} changed, and VERSION[{stage!r}] did not"
+    assert found.keys() == golden.keys()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in sys.argv[1:] or STAGES:
+            target = GOLDEN / f"{stage}-{VERSION[stage]}.json"
+            target.write_text(json.dumps(MAKE[stage](Path(folder)), indent=1, sort_keys=True) + "\n")
