@@ -224,8 +224,13 @@ def test_proof_runs_in_a_fresh_process_and_catches_a_wrong_tensor(tmp_path, appl
     assert "unexpected keys" in prove(first, wrong, step)["error"]
 
     # A failed proof keeps nothing.
-    monkeypatch.setattr("espalier.apply._read", lambda checkpoint, name: checkpoint.tensor(name) * 1.5)
-    with pytest.raises(UserError, match="failed its proof: logits differ"):
+    failed = subprocess.CompletedProcess([], 1, json.dumps({"error": "logits differ by 2 of 3"}) + "\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: failed)
+    with pytest.raises(UserError, match="failed its proof: logits differ by 2 of 3. Nothing was kept"):
+        apply(source, example_plan("qwen2_moe", "keep"), tmp_path / "bad")
+    crashed = subprocess.CompletedProcess([], -9, "", "Traceback\nMemoryError: 9 GB\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: crashed)
+    with pytest.raises(UserError, match="failed its proof: MemoryError: 9 GB"):
         apply(source, example_plan("qwen2_moe", "keep"), tmp_path / "bad")
     assert names_around(tmp_path) == ["out", "wrong"]
 
@@ -247,9 +252,8 @@ assert not any(name.split(".")[0] == "espalier" for name in sys.modules)
 
 
 def test_loads_without_espalier_in_processes_side_by_side(tmp_path, applied):
-    made = [
-        applied(family_name, kind) for family_name in FAMILIES for kind in ("keep", "remap", "remap_skip", "keep_skip")
-    ]
+    kinds = [(family_name, kind) for family_name in FAMILIES for kind in ("remap", "keep_skip")]
+    made = [applied(*key) for key in [("mixtral", "keep"), ("olmoe", "remap_skip"), *kinds]]
     expected = {out: logits(runtime.load(out))[:, -1, :4] for _, out, _ in made}
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -392,3 +396,9 @@ def test_a_disk_that_fills_up_leaves_nothing(small_disk: Path, tiny_model, monke
     with pytest.raises(UserError, match="no space left on the disk"):
         apply(source, example_plan("mixtral", "tie"), small_disk / "out")
     assert names_around(small_disk) == []
+
+
+def test_proof_is_left_out_where_memory_does_not_suffice(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: namedtuple("Memory", "available")(1e6))
+    report = apply(tiny_model("mixtral"), example_plan("mixtral", "keep"), tmp_path / "out")
+    assert report["proof"] == {"skipped": "needs about 0.5 GB of memory, 0.0 GB available"}
