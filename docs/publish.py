@@ -21,7 +21,7 @@ def main(refs: Path) -> None:
         f"{record['start'][:10]}; torch {record['versions']['torch']}, transformers "
         f"{record['versions']['transformers']}, lm-eval {record['versions']['lm_eval']}."
     )
-    title, _, body = text.partition("\n\n")
+    _, _, body = text.partition("\n\n")
     (ROOT / "docs/results.md").write_text(f"# Results\n\n{made}\n\n{body}")
     head = re.split(r"\n## |\n- ", body)[0].strip()
     readme = (ROOT / "README.md").read_text()

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
@@ -226,7 +225,7 @@ def test_proof_runs_in_a_fresh_process_and_catches_a_wrong_tensor(tmp_path, appl
     # A failed proof keeps nothing.
     failed = subprocess.CompletedProcess([], 1, json.dumps({"error": "logits differ by 2 of 3"}) + "\n", "")
     monkeypatch.setattr(subprocess, "run", lambda *args, **settings: failed)
-    with pytest.raises(UserError, match="failed its proof: logits differ by 2 of 3. Nothing was kept"):
+    with pytest.raises(UserError, match=r"failed its proof: logits differ by 2 of 3\. Nothing was kept"):
         apply(source, example_plan("qwen2_moe", "keep"), tmp_path / "bad")
     crashed = subprocess.CompletedProcess([], -9, "", "Traceback\nMemoryError: 9 GB\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **settings: crashed)
@@ -320,82 +319,6 @@ def test_side_files_and_card(tmp_path):
     (source / "README.md").unlink()
     apply(source, plan, tmp_path / "unknown", prove=False)
     assert "see the base model" in (tmp_path / "unknown" / "README.md").read_text()
-
-
-def test_refuses_nan_by_name_and_leaves_nothing(tmp_path):
-    source = save_tiny("mixtral", tmp_path / "source")
-    tensors = load_file(source / "model.safetensors")
-    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
-    tensors[name][3, 4] = float("nan")
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} holds 1 NaN or infinite numbers of 768"):
-        apply(source, example_plan("mixtral", "remap"), tmp_path / "out")
-    assert names_around(tmp_path) == ["source"]
-
-
-def test_refuses_what_it_cannot_do(tmp_path, tiny_model):
-    source = tiny_model("mixtral")
-    plan = example_plan("mixtral", "keep")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "file").write_text("precious")
-    with pytest.raises(UserError, match="exists already"):
-        apply(source, plan, tmp_path / "taken")
-    assert (tmp_path / "taken" / "file").read_text() == "precious"
-    with pytest.raises(UserError, match="is the source itself"):
-        apply(source, plan, source, replace=True)
-    with pytest.raises(UserError, match=r"layer 0: keep leaves 1 of 8 experts, but the router picks top_k=2"):
-        apply(source, plan_of("mixtral", Keep((3,))), tmp_path / "out")
-    with pytest.raises(UserError, match="keep cannot follow skip"):
-        apply(source, plan_of("mixtral", Skip(0.5), Keep((0, 1, 2))), tmp_path / "out")
-    with pytest.raises(UserError, match="layer 7 has no MoE block"):
-        apply(source, Plan({"name": "x"}, {7: plan.layers[0]}), tmp_path / "out")
-    quantised = save_tiny("mixtral", tmp_path / "quantised")
-    config = json.loads((quantised / "config.json").read_text())
-    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(UserError, match="quantised"):
-        apply(quantised, plan, tmp_path / "out")
-    assert names_around(tmp_path) == ["quantised", "taken"]
-
-
-def test_replace_overwrites(tmp_path, tiny_model):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("")
-    apply(tiny_model("mixtral"), example_plan("mixtral", "keep"), out, replace=True, prove=False)
-    assert "old" not in names_around(out)
-    assert names_around(tmp_path) == ["out"]
-
-
-Usage = namedtuple("Usage", "total used free")
-
-
-def test_checks_the_disk_before_it_starts(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(UserError, match=r"needs 0\.\d+ GB, but .* has 0\.000 GB free"):
-        apply(tiny_model("mixtral"), example_plan("mixtral", "keep"), tmp_path / "new" / "out")
-    assert names_around(tmp_path) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 kB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)]
-    if os.geteuid() != 0 or subprocess.run(argv, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
-
-
-def test_a_disk_that_fills_up_leaves_nothing(small_disk: Path, tiny_model, monkeypatch):
-    source = tiny_model("mixtral")
-    with pytest.raises(UserError, match="Free some space"):
-        apply(source, example_plan("mixtral", "tie"), small_disk / "out")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, 10**9))
-    with pytest.raises(UserError, match="no space left on the disk"):
-        apply(source, example_plan("mixtral", "tie"), small_disk / "out")
-    assert names_around(small_disk) == []
 
 
 def test_proof_is_left_out_where_memory_does_not_suffice(tmp_path, tiny_model, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +35,9 @@ def test_an_id_is_the_documented_hash():
 
 
 def test_equal_in_every_process():
-    program = "import sys; sys.path.insert(0, 'tests'); from test_ids import chain, ids; import json; print(json.dumps(ids(chain())))"
+    here = Path(__file__).parent
+    program = f"import json, sys; sys.path.insert(0, {str(here)!r}); import test_ids as t; "
+    program += "print(json.dumps(t.ids(t.chain())))"
     found = []
     for seed in ("0", "1"):
         environment = os.environ | {"PYTHONHASHSEED": seed}
