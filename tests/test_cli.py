@@ -271,6 +271,7 @@ def test_show(store, capsys):
     assert f"plan {id}  reap new" in out
     for line in ("ratio = 0.5", "run.seconds = 1.5", f"plans/{id}.json", "parent    probe"):
         assert line in out
+    assert " = {}" not in lineage.show(store, nodes["reap newapply"].id)
     probe = nodes["probe"].id
     assert "made by   collect" in lineage.show(store, probe)
     with pytest.raises(UserError, match=r"Give more digits|starts with this"):
@@ -286,7 +287,7 @@ def test_diff_walks_the_parents(store):
     assert "  plan < probe dtype: old -> new" in found
     assert "tokens" not in found.split("\n", 2)[2]  # what is shared is not listed
     assert "same configuration" in lineage.diff(store, plans["reap old"], plans["reap old"])
-    with pytest.raises(UserError, match="compare two nodes of one stage"):
+    with pytest.raises(UserError, match="compare two of one stage"):
         lineage.diff(store, plans["reap old"], nodes["calibrationtokens"].id)
 
 

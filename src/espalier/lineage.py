@@ -48,7 +48,7 @@ def diff(store: Store, a: str, b: str) -> str:
     """
     first, second = find(store, a), find(store, b)
     if first["stage"] != second["stage"]:
-        raise UserError(f"{a} is a {first['stage']}, {b} a {second['stage']}: compare two nodes of one stage.")
+        raise UserError(f"{a} is of stage {first['stage']}, {b} of stage {second['stage']}: compare two of one stage.")
     lines = [f"{_name(first)}", f"{_name(second)}"]
     config = list(dict.fromkeys(_differences(store, first, second, "")))
     lines += config or ["  same configuration"]
@@ -92,7 +92,7 @@ def _by_name(store: Store, node: Document) -> dict[str, Document]:
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested dictionaries and lists of dictionaries as dotted keys."""
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and (value or not prefix):
         for key, item in value.items():
             yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):

@@ -1,7 +1,9 @@
 """Four-choice continuation items from held-out documents.
 
 The context is 64 tokens of a document, the true continuation its next 32; the other three choices are the true
-continuations of items from other documents of the domain, so nothing but the context tells them apart.
+continuations of items from other documents of the domain, so nothing but the context tells them apart. They are
+drawn among neighbouring items, so that the first N items need the scores of about N continuations without a
+context, not 4 N: a third of the cost of a corrected choice.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from espalier.embedded.documents import Row
 CONTEXT = 64  # tokens
 CONTINUATION = 32  # tokens
 CHOICES = 4
+NEIGHBOURS = 40  # items that share their continuations
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -71,8 +74,10 @@ def cloze_items(
     golds = [position % CHOICES for position in range(len(windows))]
     generator.shuffle(golds)
     items = []
-    for (document, number, context, continuation), gold in zip(windows, golds, strict=True):
-        others = [other for name, _, _, other in windows if _file(name) != _file(document)]
+    for position, ((document, number, context, continuation), gold) in enumerate(zip(windows, golds, strict=True)):
+        first = min(position // NEIGHBOURS * NEIGHBOURS, max(0, len(windows) - NEIGHBOURS))
+        near = windows[first : first + NEIGHBOURS]
+        others = [other for name, _, _, other in near if _file(name) != _file(document)]
         choices = generator.sample(others, CHOICES - 1)
         choices.insert(gold, continuation)
         items.append(
