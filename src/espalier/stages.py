@@ -139,7 +139,8 @@ def _score(node: Document, store: Store, artefact: Path, record: Document) -> No
         device=device(settings["runtime"]),
     )
     save_scores(artefact, document | {"node": node["id"]}, samples)
-    with tracking.track(settings["tracking"], node["id"], node["label"]) as tracker:
+    folder = {"directory": settings["tracking"].get("directory") or str(store.root)}
+    with tracking.track(settings["tracking"] | folder, node["id"], node["label"]) as tracker:
         tracker.log({name: result["value"] for name, result in document["tasks"].items()})
 
 

@@ -10,6 +10,7 @@ rule tokens:
     resources:
         mem_mb=4000,
         runtime=30,
+    priority: 10 # everything waits for it
     message:
         "tokens {wildcards.id}: {params.label}"
     params:
@@ -29,10 +30,11 @@ rule collect:
         f"{RESULTS}/logs/collect/{{id}}.log",
     conda:
         "../../environment.yml"
-    threads: 2
+    threads: 1 # more for large models on a processor: --set-threads collect=16
     resources:
         mem_mb=8000,
         runtime=240,
+    priority: 10 # everything waits for it
     message:
         "collect {wildcards.id}: {params.label}"
     params:

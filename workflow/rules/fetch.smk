@@ -9,6 +9,7 @@ rule fetch:
         f"{RESULTS}/logs/fetch/{{id}}.log",
     conda:
         "../../environment.yml"
+    priority: 10 # everything waits for it
     message:
         "fetch {wildcards.id}: {params.label}"
     params:
