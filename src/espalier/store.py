@@ -179,6 +179,12 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def _umask() -> int:
+    mask = os.umask(0o077)  # there is no other way to read it
+    os.umask(mask)
+    return mask
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it on success, remove it on failure.
@@ -189,6 +195,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else may read
         temporary.replace(path)
     except OSError as error:
         raise _disk_error(error, path) from error
