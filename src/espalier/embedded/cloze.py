@@ -1,6 +1,6 @@
 """Four-choice continuation items from held-out documents.
 
-The context is 64 tokens of a document, the true continuation its next 32; the other three choices are the true
+The context is 48 tokens of a document, the true continuation its next 24; the other three choices are the true
 continuations of items from other documents of the domain, so nothing but the context tells them apart. They are
 drawn among neighbouring items, so that the first N items need the scores of about N continuations without a
 context, not 4 N: a third of the cost of a corrected choice.
@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from espalier.embedded.documents import Row
 
-CONTEXT = 64  # tokens
-CONTINUATION = 32  # tokens
+CONTEXT = 48  # tokens
+CONTINUATION = 24  # tokens
 CHOICES = 4
 NEIGHBOURS = 40  # items that share their continuations
 

@@ -18,7 +18,7 @@ from espalier.embedded.cloze import cloze_items
 from espalier.embedded.documents import DOMAINS, Row, read_jsonl, size, write_jsonl
 from espalier.store import atomic_file, content_hash
 
-EXCERPT = {"calibration": 256_000, "validation": 96_000}  # bytes a domain
+EXCERPT = {"calibration": 256_000, "validation": 64_000}  # bytes a domain
 CLOZE_ITEMS = 600
 MATHS_ITEMS = 600
 BOOLQ_ITEMS = 1000
