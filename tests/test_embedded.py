@@ -17,6 +17,7 @@ from espalier.embedded.choices import maths_items
 from espalier.embedded.cloze import CONTEXT, CONTINUATION, cloze_items
 from espalier.embedded.documents import DOMAINS, read_jsonl, size, write_jsonl
 from espalier.embedded.passages import Document, pieces
+from espalier.embedded.publish import EXCERPT
 from espalier.embedded.windows import perplexity, token_stream, windows
 from espalier.errors import UserError
 
@@ -63,9 +64,9 @@ def test_assets_stay_small():
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_splits_share_no_document(domain):
     calibration, validation = text_of(domain, "calibration"), text_of(domain, "validation")
-    for rows, limit in ((calibration, 256_000), (validation, 160_000)):
+    for rows, limit in ((calibration, EXCERPT["calibration"]), (validation, EXCERPT["validation"])):
         assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == len(rows)
-        assert 0.94 * limit < sum(size(row["text"]) for row in rows) <= limit
+        assert limit - 8_000 < sum(size(row["text"]) for row in rows) <= limit
     files = [{row["id"].partition("#")[0] for row in rows} for rows in (calibration, validation)]
     # Pieces of one file stay in one split.
     files.append({item["document"].partition("#")[0] for item in items_of(f"cloze_{domain}")})

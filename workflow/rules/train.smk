@@ -1,6 +1,6 @@
 # Training the embedded model again. Not part of any experiment: it takes about an hour on two cores and is not
 # bit-stable over machines, so the trained model is committed, and these rules say how it was made:
-#   snakemake --cores 2 --config train_steps=5000 -- results/embedded
+#   snakemake --cores 2 --config train_steps=4500 -- results/embedded
 
 
 rule corpora:
