@@ -24,7 +24,8 @@ def project(tmp_path, monkeypatch):
     """A copy of the project's configuration and workflow, as the working directory."""
     for name in ("conf", "workflow"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "Snakefile", tmp_path)
+    for name in ("Snakefile", "environment.yml"):
+        shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
