@@ -42,8 +42,8 @@ def load_with_info(
     trusted = "espalier" in config if trust is None else trust
     if trusted and "auto_map" in config:
         _cache_code(directory, config["auto_map"]["AutoModelForCausalLM"])
-    # On a CPU the plain loop over experts is fastest (a fifth ahead of grouped_mm at 16 small experts); batched_mm,
-    # which transformers may choose elsewhere, copies each token's experts and is 40 times slower.
+    # On a CPU the plain loop over experts; batched_mm, which transformers may choose elsewhere, copies each
+    # token's experts.
     moe = config.get("model_type") in families.names()  # a dense model refuses the setting
     kernel = {"experts_implementation": "eager"} if moe and torch.device(device).type == "cpu" else {}
     try:
