@@ -4,6 +4,10 @@ import collections
 import hashlib
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,7 @@ from espalier.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("embedded")
 
+ROOT = Path(__file__).resolve().parents[1]
 CHOICE_TASKS = [f"cloze_{domain}" for domain in DOMAINS] + ["maths_choice"]
 CEILING = {"wiki": 90.0, "code": 60.0, "maths": 6.0, "archaic": 60.0}
 
@@ -314,6 +319,36 @@ def test_resuming_continues_exactly(small_corpora, tmp_path, monkeypatch):
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "parts/model").config.num_experts == 16
+
+
+def test_the_rule_trains_and_what_a_failure_leaves_is_continued(small_corpora, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(small_corpora, results / "corpora")
+    (results / "corpora/manifest.json").write_text("{}")
+    model = results / "embedded/model/model.safetensors"
+
+    def snakemake(options):
+        config = [f"results={results}", "train_steps=3", f"train_options={options}"]
+        command = [Path(sys.executable).with_name("snakemake"), "--cores", "1", "--config", *config, "--", model]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    options = "--batch 2 --length 64 --save-minutes 0"
+    run = snakemake(options)
+    assert run.returncode == 0, run.stderr
+    assert AutoModelForCausalLM.from_pretrained(model.parent).config.num_experts == 16
+    state = results / "embedded/state/run.json"
+    written = state.stat().st_mtime_ns
+    model.unlink()
+    run = snakemake(f"{options} --seed 5")  # refused: the state belongs to another run
+    assert run.returncode != 0
+    assert "use the same options" in run.stderr
+    assert state.stat().st_mtime_ns == written
+    assert snakemake(options).returncode == 0  # nothing is trained again
+    assert model.exists()
+    assert state.stat().st_mtime_ns == written
+    assert "loss" not in (results / "logs/train_embedded.log").read_text()
 
 
 def test_training_without_corpora_says_what_to_do(tmp_path):

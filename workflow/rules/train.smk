@@ -1,26 +1,31 @@
 # Training the embedded model again. Not part of any experiment: it takes about an hour on two cores and is not
 # bit-stable over machines, so the trained model is committed, and these rules say how it was made:
-#   snakemake --cores 2 --config train_steps=4500 -- results/embedded
+#   snakemake --cores 2 results/embedded/model/model.safetensors
+# The outputs are single files, written last: what a failed or killed job leaves beside them (downloads, the
+# training's state) survives, and the next run continues from it.
+EMBEDDED = f"{RESULTS}/embedded"
 
 
 rule corpora:
     output:
-        directory(f"{RESULTS}/corpora"),
+        f"{RESULTS}/corpora/manifest.json",
     log:
         f"{RESULTS}/logs/corpora.log",
     conda:
         "../../environment.yml"
     message:
         "corpora: download and split the four domains"
+    params:
+        directory=f"{RESULTS}/corpora",
     shell:
-        "python -m espalier.embedded.corpora --out {output} >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "python -m espalier.embedded.corpora --out {params.directory} >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
 
 
 rule train_embedded:
     input:
-        f"{RESULTS}/corpora",
+        f"{RESULTS}/corpora/manifest.json",
     output:
-        directory(f"{RESULTS}/embedded"),
+        f"{EMBEDDED}/model/model.safetensors",
     log:
         f"{RESULTS}/logs/train_embedded.log",
     conda:
@@ -29,7 +34,11 @@ rule train_embedded:
     message:
         "train_embedded: {params.steps} steps"
     params:
+        corpora=f"{RESULTS}/corpora",
+        directory=EMBEDDED,
         steps=config["train_steps"],
+        options=config["train_options"],
     shell:
-        "python -m espalier.embedded.train --corpora {input} --out {output} --steps {params.steps}"
-        " --threads {threads} >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "python -m espalier.embedded.train --corpora {params.corpora} --out {params.directory}"
+        " --steps {params.steps} --threads {threads} {params.options}"
+        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"

@@ -207,7 +207,20 @@ def train(
     started = saved = time.monotonic()
     losses: list[float] = []
     balances: list[float] = []
-    found: dict[str, float] = {}
+
+    def report(done: int) -> dict[str, float]:
+        found = {domain: perplexity(model, ids) for domain, ids in held_out.items()}
+        line = [f"step {done}"]
+        if losses:  # none when a finished run is asked for again
+            speed = (done - first) * run.batch * run.length / (time.monotonic() - started)
+            line.append(f"loss {sum(losses) / len(losses):.3f} balance {sum(balances) / len(balances):.3f}")
+            line.append(f"tokens/s {speed:.0f}")
+        line += ["perplexity", *(f"{domain} {value:.2f}" for domain, value in found.items())]
+        print(" ".join(line), flush=True)
+        losses.clear()
+        balances.clear()
+        return found
+
     with router_outputs(model) as routed:
         for step in range(first, run.steps):
             for group in optimizer.param_groups:
@@ -216,21 +229,18 @@ def train(
             losses.append(loss)
             balances.append(balance)
             done = step + 1
-            if done % report_every == 0 or done == run.steps:
-                found = {domain: perplexity(model, ids) for domain, ids in held_out.items()}
-                speed = (done - first) * run.batch * run.length / (time.monotonic() - started)
-                print(
-                    f"step {done} loss {sum(losses) / len(losses):.3f} balance {sum(balances) / len(balances):.3f} "
-                    f"tokens/s {speed:.0f} perplexity "
-                    + " ".join(f"{domain} {value:.2f}" for domain, value in found.items()),
-                    flush=True,
-                )
-                losses.clear()
-                balances.clear()
-            if time.monotonic() - saved > 60 * save_minutes or done == run.steps:
+            if done == run.steps:
+                break
+            if done % report_every == 0:
+                report(done)
+            if time.monotonic() - saved > 60 * save_minutes:
                 save_state(out / "state", model, optimizer, done, run)
                 export(out / "model", model, tokenizer)
                 saved = time.monotonic()
+        found = report(run.steps)
+    if first < run.steps:
+        save_state(out / "state", model, optimizer, run.steps, run)
+    export(out / "model", model, tokenizer)
     return found
 
 
