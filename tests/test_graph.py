@@ -142,3 +142,10 @@ def test_large_sweeps_compose_once_per_choice_of_groups(tmp_path, monkeypatch):
     experiment = graph.expand("mine", [], store)
     assert stages(experiment)["plan"] == 1000
     assert len(calls) == 3  # the experiment itself, and one a method
+
+
+def test_an_override_that_the_sweep_would_hide_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^method=reap: the sweep of conf/experiment/demo\.yaml sets 'method' itself"):
+        graph.expand("demo", ["method=reap"], Store(tmp_path))
+    nodes = graph.expand("demo", ["sweep=[{method: reap}]"], Store(tmp_path)).nodes
+    assert [node.label for node in nodes if node.stage == "plan"] == ["reap 50 %"]

@@ -69,12 +69,10 @@ def test_plan_is_deterministic_and_says_what_it_was_made_with(name):
     assert Plan.from_document(json.loads(text)).document() == plans[0].document()
 
 
-@every_method
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in DRAWN])
 @pytest.mark.parametrize("top_k", [2, 3])
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_permuting_experts_permutes_the_plan(name, top_k, renormalise):
-    if name in DRAWN:
-        pytest.skip("drawn at random")
     shape = make_shape(8, top_k, renormalise)
     order = [3, 0, 7, 5, 1, 6, 2, 4]  # new expert i is the old order[i]
     blocks = make_blocks(shape, tokens=200)

@@ -163,7 +163,9 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
     base = composer.compose({})
     builder = _Builder(store)
     rows: list[Config] = []
-    for point in points(composer.sweep()):
+    swept = list(points(composer.sweep()))
+    _refuse_shadowed(experiment, overrides, swept)
+    for point in swept:
         config = composer.compose(point)
         row = builder.row(config, point)
         if row not in rows:
@@ -178,6 +180,17 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
     builder.add(Node("report", {"experiment": experiment}, (table, *dict.fromkeys(plans), *usage), experiment))
     run = {"runtime": base["runtime"], "tracking": base["tracking"]}
     return Experiment(experiment, tuple(builder.nodes.values()), run)
+
+
+def _refuse_shadowed(experiment: str, overrides: Sequence[str], swept: Sequence[Point]) -> None:
+    """A sweep wins over an override of the same key, which would then do nothing without a word."""
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if any(key in point for point in swept):
+            raise UserError(
+                f"{override}: the sweep of conf/experiment/{experiment}.yaml sets {key!r} itself. "
+                f"Give another sweep: 'sweep=[{{{key}: {value}}}]'."
+            )
 
 
 def _published(compare: str | None) -> Config | None:
