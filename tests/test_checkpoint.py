@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from espalier.checkpoint import INDEX, Checkpoint, OutputTensor, ShardWriter, read_header
+from espalier.checkpoint import INDEX, Checkpoint, read_header
 from espalier.errors import UserError
+from espalier.shards import OutputTensor, ShardWriter
 from tiny import FAMILIES, save_tiny
 
 
@@ -95,7 +96,7 @@ def mixed_tensors():
 @pytest.mark.parametrize(("limit", "files"), [(10**6, 2), (100, 4), (1, 8)])
 def test_written_shards_are_read_by_the_library(limit, files, tmp_path):
     tensors = mixed_tensors()
-    outputs = [OutputTensor(name, dtype, tuple(t.shape), lambda t=t: t) for name, (t, dtype) in tensors.items()]
+    outputs = [OutputTensor(name, dtype, tuple(t.shape), lambda t=t: [t]) for name, (t, dtype) in tensors.items()]
     heard = []
     writer = ShardWriter([outputs[:3], [], outputs[3:]], limit)
     names = writer.write(tmp_path, lambda *report: heard.append(report))
@@ -119,10 +120,12 @@ def test_written_shards_are_read_by_the_library(limit, files, tmp_path):
 
 def test_one_shard_needs_no_index(tmp_path):
     tensor = torch.ones(3)
-    assert ShardWriter([[], [OutputTensor("a", "F32", (3,), lambda: tensor)]]).write(tmp_path) == ["model.safetensors"]
+    assert ShardWriter([[], [OutputTensor("a", "F32", (3,), lambda: [tensor])]]).write(tmp_path) == [
+        "model.safetensors"
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     with pytest.raises(ValueError, match="announced F32"):
-        ShardWriter([[OutputTensor("a", "F32", (4,), lambda: tensor)]]).write(tmp_path)
+        ShardWriter([[OutputTensor("a", "F32", (4,), lambda: [tensor])]]).write(tmp_path)
 
 
 def test_truncated_shard(sharded):

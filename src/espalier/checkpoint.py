@@ -1,13 +1,12 @@
-"""Hugging Face checkpoint directories: read lazily from their safetensors headers, written as a stream of tensors."""
+"""Hugging Face checkpoint directories, read lazily from their safetensors headers."""
 
 import io
 import json
 import struct
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD_BYTES = 5_000_000_000
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # Bytes of one number and torch's name of each safetensors dtype that is read and written.
@@ -98,12 +96,45 @@ class Checkpoint:
         import torch
 
         entry = self.entries[name]
-        # Not memory-mapped: mapped pages count as the process's memory and grow to the size of the model.
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        self._read_bytes(entry, raw)
+        return raw.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)
+
+    def finite_tensor(self, name: str) -> "torch.Tensor":
+        """Return a tensor; UserError when it holds NaN or infinity."""
+        tensor = self.tensor(name)
+        self._check_finite(name, tensor)
+        return tensor
+
+    def read_into(self, name: str, tensor: "torch.Tensor") -> None:
+        """Read a tensor into `tensor`, of its shape and any dtype; UserError when it holds NaN or infinity.
+
+        Of the file's own dtype and contiguous in the processor's memory, it is filled without a copy on the way.
+        """
+        import torch
+
+        entry = self.entries[name]
+        direct = tensor.device.type == "cpu" and tensor.is_contiguous()
+        if direct and tensor.dtype == getattr(torch, TORCH_NAMES[entry.dtype]):
+            self._read_bytes(entry, tensor.reshape(-1).view(torch.uint8))
+        else:
+            tensor.copy_(self.tensor(name).reshape(tensor.shape))
+        self._check_finite(name, tensor)
+
+    def _read_bytes(self, entry: TensorEntry, raw: "torch.Tensor") -> None:
+        # Not memory-mapped: mapped pages count as the process's memory and grow to the size of the model.
         with (self.directory / entry.file).open("rb", buffering=0) as file:
             file.seek(entry.offset)
             _fill(file, raw.numpy().data)
-        return raw.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)
+
+    def _check_finite(self, name: str, tensor: "torch.Tensor") -> None:
+        # The extremes are NaN or infinite if any number is, and found 20 times faster than isfinite() does in bf16.
+        if tensor.is_floating_point() and tensor.numel() and not all(map(isfinite, map(float, tensor.aminmax()))):
+            bad = int((~tensor.isfinite()).sum())
+            raise UserError(
+                f"{self.directory / self.entries[name].file}: tensor {name} holds {bad} NaN or infinite "
+                f"numbers of {tensor.numel()}. Download the model again."
+            )
 
     @property
     def parameters(self) -> int:
@@ -259,87 +290,3 @@ def _fill(file: io.FileIO, view: memoryview) -> None:
         if not read:
             raise UserError(f"{file.name}: truncated while it was read. Download it again.")
         done += read
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """A tensor to be written: what the header says, and the function that makes it when its turn comes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    make: "Callable[[], torch.Tensor]"
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
-class ShardWriter:
-    """Writes safetensors shards of at most `limit` bytes and their index, one tensor in memory at a time.
-
-    `shards` are those of the source; an empty one is left out, one over the limit is divided.
-    """
-
-    def __init__(self, shards: Iterable[list[OutputTensor]], limit: int = SHARD_BYTES) -> None:
-        self.shards = [part for shard in shards for part in _divide(shard, limit)]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, without the headers."""
-        return sum(tensor.nbytes for shard in self.shards for tensor in shard)
-
-    def write(self, directory: Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Write the files into `directory` and return their names; `progress` hears (bytes done, bytes in all)."""
-        n = len(self.shards)
-        names = [SINGLE] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-        done, total = 0, self.nbytes
-        for name, shard in zip(names, self.shards, strict=True):
-            # Aligned as the safetensors library does it: wide numbers first.
-            ordered = sorted(shard, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
-            with (directory / name).open("wb") as file:
-                file.write(_header(ordered))
-                for tensor in ordered:
-                    file.write(_bytes(tensor))
-                    done += tensor.nbytes
-                    if progress is not None:
-                        progress(done, total)
-        if n > 1:
-            weight_map = {tensor.name: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        return names
-
-
-def _divide(shard: list[OutputTensor], limit: int) -> list[list[OutputTensor]]:
-    parts: list[list[OutputTensor]] = []
-    room = 0
-    for tensor in shard:
-        if not parts or tensor.nbytes > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(tensor)
-        room -= tensor.nbytes
-    return parts
-
-
-def _header(tensors: list[OutputTensor]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
-    offset = 0
-    for tensor in tensors:
-        stop = offset + tensor.nbytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, stop]}
-        offset = stop
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _bytes(tensor: OutputTensor) -> memoryview:
-    import torch
-
-    made = tensor.make()
-    raw = made.contiguous().reshape(-1).view(torch.uint8)
-    if tuple(made.shape) != tensor.shape or raw.numel() != tensor.nbytes:
-        raise ValueError(f"{tensor.name}: made {made.dtype} {made.shape}, announced {tensor.dtype} {tensor.shape}")
-    return raw.numpy().data

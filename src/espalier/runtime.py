@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from espalier import families
-from espalier.checkpoint import Checkpoint
+from espalier.checkpoint import TORCH_NAMES, Checkpoint
 from espalier.errors import UserError
 from espalier.families import Family
 from espalier.plan import Keep, Merge, Plan, Skip
@@ -38,14 +38,7 @@ def load_with_info(
     """Return the model as `load` does, and the lists `missing_keys`, `unexpected_keys` and `mismatched_keys`."""
     from transformers import AutoModelForCausalLM
 
-    config = Checkpoint(directory).config
-    trusted = "espalier" in config if trust is None else trust
-    if trusted and "auto_map" in config:
-        _cache_code(directory, config["auto_map"]["AutoModelForCausalLM"])
-    # On a CPU the plain loop over experts; batched_mm, which transformers may choose elsewhere, copies each
-    # token's experts.
-    moe = config.get("model_type") in families.names()  # a dense model refuses the setting
-    kernel = {"experts_implementation": "eager"} if moe and torch.device(device).type == "cpu" else {}
+    trusted, kernel = _settings(directory, device, trust)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, trust_remote_code=trusted, output_loading_info=True, local_files_only=True, **kernel
@@ -54,6 +47,37 @@ def load_with_info(
         raise UserError(f"{directory}: transformers cannot load it: {str(error).strip().splitlines()[-1]}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return model.to(device).eval(), {kind: sorted(map(str, loading[kind])) for kind in kinds}
+
+
+def skeleton(directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
+    """Return the model in eval mode on the meta device, without weights, as `load` would return it with them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trusted, kernel = _settings(directory, device, None)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted, local_files_only=True)
+    if dtype == "auto":
+        dtype = config.dtype or _stored_dtype(Checkpoint(directory))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted, **kernel)
+    return model.eval()
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    name = next(entry.dtype for entry in checkpoint.entries.values() if entry.dtype in ("F32", "F16", "BF16"))
+    found: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return found
+
+
+def _settings(directory: Path, device: str, trust: bool | None) -> tuple[bool, dict[str, str]]:
+    """Return whether the directory's own code is trusted, and the experts' implementation to ask for."""
+    config = Checkpoint(directory).config
+    trusted = "espalier" in config if trust is None else trust
+    if trusted and "auto_map" in config:
+        _cache_code(directory, config["auto_map"]["AutoModelForCausalLM"])
+    # On a CPU the plain loop over experts; batched_mm, which transformers may choose elsewhere, copies each
+    # token's experts.
+    moe = config.get("model_type") in families.names()  # a dense model refuses the setting
+    return trusted, {"experts_implementation": "eager"} if moe and torch.device(device).type == "cpu" else {}
 
 
 def _cache_code(directory: Path, reference: str) -> None:
