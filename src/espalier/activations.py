@@ -41,11 +41,11 @@ class Activations:
             flat = torch.from_file(f"/proc/self/fd/{self._file.fileno()}", shared=True, size=numbers, dtype=dtype)
         else:
             flat = torch.empty(numbers, dtype=dtype)
-        self._batches = [part.view(shape) for part, shape in zip(self._split(flat), self.shapes, strict=True)]
         self._flat = flat
-
-    def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
-        return flat.split([prod(shape) for shape in self.shapes])
+        self._batches = []
+        for shape in self.shapes:
+            part, flat = flat[: prod(shape)], flat[prod(shape) :]
+            self._batches.append(part.view(shape))
 
     def _reserve(self, scratch: Path | None) -> None:
         assert self._file is not None

@@ -91,10 +91,18 @@ def _cache_code(directory: Path, reference: str) -> None:
         get_class_from_dynamic_module(reference, str(directory))
 
 
+def decoder(model: Any) -> Any:
+    """Return the part of a causal model that holds `layers`; UserError when it keeps them elsewhere."""
+    for candidate in (model.base_model, getattr(model, "model", None)):
+        if isinstance(getattr(candidate, "layers", None), nn.ModuleList):
+            return candidate
+    raise UserError(f"{type(model).__name__}: its decoder layers are not a list `layers`, so they cannot be observed.")
+
+
 def moe_blocks(model: Any, family: Family) -> dict[int, Any]:
     """Return the MoE block of each decoder layer that has one."""
     found = {}
-    for layer, decoder in enumerate(model.model.layers):
+    for layer, decoder in enumerate(decoder(model).layers):
         block = getattr(decoder, family.module)
         if hasattr(block, "experts"):
             found[layer] = block

@@ -61,12 +61,8 @@ class StreamedModel:
         self.dtype = self.model.dtype
         self.weights = WeightMap(self.model, self.checkpoint)
         self.weights.check()
-        self.decoder = self.model.get_decoder()
-        layers = getattr(self.decoder, "layers", None)
-        if not isinstance(layers, nn.ModuleList):
-            kind = type(self.model).__name__
-            raise UserError(f"{directory}: {kind} keeps its decoder layers under another name than `layers`.")
-        self.layers = layers
+        self.decoder = runtime.decoder(self.model)
+        self.layers: nn.ModuleList = self.decoder.layers
         self._wide = {
             name
             for pattern, kept in self.model._get_dtype_plan(self.dtype).items()
@@ -85,7 +81,7 @@ class StreamedModel:
         self._states: Activations | None = None
         self._returns_tuple = False
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(self.layers):
             layer.forward = self._layer_forward(index, layer.forward)
 
     @property
