@@ -102,8 +102,8 @@ def decoder(model: Any) -> Any:
 def moe_blocks(model: Any, family: Family) -> dict[int, Any]:
     """Return the MoE block of each decoder layer that has one."""
     found = {}
-    for layer, decoder in enumerate(decoder(model).layers):
-        block = getattr(decoder, family.module)
+    for layer, part in enumerate(decoder(model).layers):
+        block = getattr(part, family.module)
         if hasattr(block, "experts"):
             found[layer] = block
     return found

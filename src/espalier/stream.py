@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from espalier import runtime
 from espalier.activations import Activations
 from espalier.checkpoint import Checkpoint
-from espalier.errors import UserError
 from espalier.weights import WeightMap
 
 
