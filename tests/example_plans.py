@@ -1,9 +1,11 @@
 """Plans for the tiny models: one of each kind of operation."""
 
 from espalier.plan import Keep, Merge, Operation, Plan, Skip
+from tiny import DENSE_LAYERS
 
-GROUPS = ((0, 3, 6), (1,), (2, 5), (4, 7))
-WEIGHTS = ((0.2, 0.5, 0.3), (1.0,), (0.6, 0.4), (0.25, 0.75))
+# Survivors and first members lie evenly in two router groups of four.
+GROUPS = ((0, 3, 6), (1, 2), (4, 7), (5,))
+WEIGHTS = ((0.2, 0.5, 0.3), (0.6, 0.4), (0.25, 0.75), (1.0,))
 
 KINDS: dict[str, tuple[Operation, ...]] = {
     "keep": (Keep((0, 2, 5, 7)),),
@@ -11,7 +13,7 @@ KINDS: dict[str, tuple[Operation, ...]] = {
     "slice": (Merge(GROUPS, WEIGHTS, "slice"),),
     "tie": (Merge(GROUPS, WEIGHTS, "tie"),),
     "skip": (Skip(0.6),),
-    "keep_skip": (Keep((1, 2, 3, 6)), Skip(0.5)),
+    "keep_skip": (Keep((1, 2, 4, 6)), Skip(0.5)),
     "remap_skip": (Merge(GROUPS, WEIGHTS, "remap"), Skip(0.3, "tail")),
     "few": (Merge(((0, 1, 2, 3, 4, 5, 6, 7),), ((0.125,) * 8,), "remap"),),  # fewer experts than the router picks
 }
@@ -19,8 +21,8 @@ SHIPPED = ("remap", "skip", "keep_skip", "remap_skip", "few")
 
 
 def moe_layers(family_name: str) -> list[int]:
-    """Return the layers of a tiny model that hold a MoE block: layer 1 is dense in the qwen families."""
-    return [0, 2] if family_name.startswith("qwen") else [0, 1, 2]
+    """Return the layers of a tiny model that hold a MoE block."""
+    return [layer for layer in range(3) if layer not in DENSE_LAYERS.get(family_name, ())]
 
 
 def example_plan(family_name: str, kind: str) -> Plan:

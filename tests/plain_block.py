@@ -1,18 +1,45 @@
-"""The routed part of a compressed MoE block by plain loops over tokens, from the source's tensors on disk, in fp64."""
+"""The routed part of a MoE block by plain loops over tokens, from the tensors on disk, in fp64."""
 
 import json
+from math import exp
 
 import torch
 from safetensors.torch import load_file
 
 from espalier.plan import Keep, Merge, Skip
 
-NAMES = {  # block and expert tensors on disk: gate, up, down
-    "mixtral": ("model.layers.{}.block_sparse_moe", ("w1", "w3", "w2")),
-    "olmoe": ("model.layers.{}.mlp", ("gate_proj", "up_proj", "down_proj")),
-    "qwen2_moe": ("model.layers.{}.mlp", ("gate_proj", "up_proj", "down_proj")),
-    "qwen3_moe": ("model.layers.{}.mlp", ("gate_proj", "up_proj", "down_proj")),
+W123 = tuple(f"experts.{{}}.{part}.weight" for part in ("w1", "w3", "w2"))  # gate, up, down
+PROJ = tuple(f"experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down"))
+FUSED = tuple(f"experts.{part}" for part in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"))
+
+NAMES = {  # on disk: block, an expert's tensors ({} is its number; without one all experts are in it), router tensors
+    "mixtral": ("model.layers.{}.block_sparse_moe", W123, ("gate.weight",)),
+    "olmoe": ("model.layers.{}.mlp", PROJ, ("gate.weight",)),
+    "qwen2_moe": ("model.layers.{}.mlp", PROJ, ("gate.weight",)),
+    "qwen3_moe": ("model.layers.{}.mlp", PROJ, ("gate.weight",)),
+    "qwen3_next": ("model.layers.{}.mlp", PROJ, ("gate.weight",)),
+    "deepseek_v2": ("model.layers.{}.mlp", PROJ, ("gate.weight",)),
+    "deepseek_v3": ("model.layers.{}.mlp", PROJ, ("gate.weight", "gate.e_score_correction_bias")),
+    "glm4_moe": ("model.layers.{}.mlp", PROJ, ("gate.weight", "gate.e_score_correction_bias")),
+    "ernie4_5_moe": ("model.layers.{}.mlp", PROJ, ("gate.weight", "moe_statics.e_score_correction_bias")),
+    "gpt_oss": ("model.layers.{}.mlp", FUSED, ("router.weight", "router.bias")),
+    "granitemoe": (
+        "model.layers.{}.block_sparse_moe",
+        ("input_linear.weight", "output_linear.weight"),
+        ("router.layer.weight",),
+    ),
+    "llama4_text": (
+        "model.layers.{}.feed_forward",
+        ("experts.gate_up_proj", "experts.down_proj"),
+        ("router.weight",),
+    ),
+    "jamba": ("model.layers.{}.feed_forward", PROJ, ("router.weight",)),
+    "minimax": ("model.layers.{}.block_sparse_moe", W123, ("gate.weight",)),
+    "minimax_m2": ("model.layers.{}.block_sparse_moe", W123, ("gate.weight", "e_score_correction_bias")),
+    "phimoe": ("model.layers.{}.block_sparse_moe", W123, ("gate.weight",)),
 }
+ALWAYS_ONE = ("mixtral", "minimax", "minimax_m2", "gpt_oss", "granitemoe", "ernie4_5_moe")  # the weights' sum is fixed
+NEVER_ONE = ("phimoe", "jamba", "deepseek_v2", "llama4_text")
 
 
 def tensors_of(directory):
@@ -23,28 +50,108 @@ def tensors_of(directory):
     return tensors
 
 
+def renormalises(config):
+    """Whether the router scales the K weights to a fixed sum."""
+    family = config["model_type"]
+    return family not in NEVER_ONE and (family in ALWAYS_ONE or config["norm_topk_prob"])
+
+
+class PlainBlock:
+    """One MoE block of a checkpoint that no plan has changed."""
+
+    def __init__(self, directory, layer):
+        self.config = json.loads((directory / "config.json").read_text())
+        self.family = self.config["model_type"]
+        block, parts, router = NAMES[self.family]
+        block = block.format(layer)
+        tensors = {name: tensor.double() for name, tensor in tensors_of(directory).items() if name.startswith(block)}
+        self.rows = tensors[f"{block}.{router[0]}"]
+        second = tensors[f"{block}.{router[1]}"].reshape(-1) if len(router) > 1 else torch.zeros(len(self.rows))
+        nothing = torch.zeros(len(self.rows))
+        self.bias, self.correction = (second, nothing) if router[-1].endswith("router.bias") else (nothing, second)
+        self.experts = [
+            [tensors[f"{block}.{part.format(e)}"] if "{}" in part else tensors[f"{block}.{part}"][e] for part in parts]
+            for e in range(len(self.rows))
+        ]
+
+    def logits(self, token):
+        """Return the router's logits as a list."""
+        return (self.rows @ token.double() + self.bias).tolist()
+
+    def run(self, expert, token):
+        """Return the unweighted output [D] of an expert's tensors on a token."""
+        token = token.double()
+        if self.family == "gpt_oss":
+            gate_up = token @ expert[0] + expert[1]
+            gate, up = gate_up[0::2].clamp(max=7.0), gate_up[1::2].clamp(-7.0, 7.0)
+            return ((up + 1) * gate / (1 + torch.exp(-1.702 * gate))) @ expert[2] + expert[3]
+        if self.family == "llama4_text":
+            expert = [part.T for part in expert]
+        gate, up = expert[:2] if len(expert) == 3 else expert[0].chunk(2)
+        gate = gate @ token
+        return expert[-1] @ (gate / (1 + torch.exp(-gate)) * (up @ token))
+
+    def choose(self, logits):
+        """Return [(row, weight)] of the K chosen, the largest weight first, as the family's paper or code says."""
+        config, family, everyone = self.config, self.family, range(len(logits))
+        k = config["moe_k"] if family == "ernie4_5_moe" else config["num_experts_per_tok"]
+        if family == "phimoe":
+            return sorted(sparsemixer(logits, 2 * config["router_jitter_noise"]), key=lambda pair: -pair[1])
+        if family in ("deepseek_v3", "glm4_moe", "minimax_m2", "llama4_text"):
+            scores = [1 / (1 + exp(-logit)) for logit in logits]
+        else:
+            total = sum(exp(logit) for logit in logits)
+            scores = [exp(logit) / total for logit in logits]
+        choice = [score + float(bias) for score, bias in zip(scores, self.correction, strict=True)]
+        allowed = list(everyone)
+        if family in ("deepseek_v2", "deepseek_v3", "glm4_moe"):
+            size = len(logits) // config["n_group"]
+            best = 1 if family == "deepseek_v2" else 2
+            groups = [list(everyone[start : start + size]) for start in everyone[::size]]
+            groups.sort(key=lambda group: -sum(sorted((choice[e] for e in group), reverse=True)[:best]))
+            allowed = [e for group in groups[: config["topk_group"]] for e in group]
+        chosen = sorted(allowed, key=lambda e: -choice[e])[:k]
+        weights = [scores[e] for e in chosen]
+        if renormalises(config):
+            weights = [w / sum(weights) for w in weights]
+        factor = config.get("routed_scaling_factor", 1.0)
+        pairs = [(e, w * factor) for e, w in zip(chosen, weights, strict=True)]
+        return sorted(pairs, key=lambda pair: -pair[1])
+
+
+def sparsemixer(logits, margin):
+    """Return the two largest, each with its softmax weight among those within the relative margin of it."""
+    left, pairs = dict(enumerate(logits)), []
+    for _ in range(2):
+        best = max(left, key=lambda e: left[e])
+        top = left[best]
+        near = [logit for logit in left.values() if (top - logit) / max(abs(logit), top) <= margin]
+        pairs.append((best, exp(top) / sum(exp(logit) for logit in near)))
+        del left[best]
+    return pairs
+
+
 def plain_block(directory, layer, operations, hidden):
     """Return (routed output [T, D], distinct experts run [T]) of the block after `operations`, for hidden [T, D]."""
-    config = json.loads((directory / "config.json").read_text())
-    family = config["model_type"]
-    renormalise = family == "mixtral" or config.get("norm_topk_prob", False)
-    block, parts = NAMES[family][0].format(layer), NAMES[family][1]
-    tensors = {name: tensor.double() for name, tensor in tensors_of(directory).items() if name.startswith(block)}
-    rows = tensors[f"{block}.gate.weight"]
-    experts = [[tensors[f"{block}.experts.{e}.{part}.weight"] for part in parts] for e in range(len(rows))]
-    runs_as = list(range(len(rows)))  # stored expert of each router row
+    block = PlainBlock(directory, layer)
+    runs_as = list(range(len(block.rows)))  # stored expert of each router row
     skip = None
+
+    def keep_rows(rows):
+        block.rows, block.bias, block.correction = block.rows[rows], block.bias[rows], block.correction[rows]
+
     for operation in operations:
         if isinstance(operation, Keep):
-            rows = rows[list(operation.experts)]
-            experts = [experts[e] for e in operation.experts]
-            runs_as = list(range(len(experts)))
+            keep_rows(list(operation.experts))
+            block.experts = [block.experts[e] for e in operation.experts]
+            runs_as = list(range(len(block.experts)))
         elif isinstance(operation, Merge):
             merged = []
             for group, weights in zip(operation.groups, operation.weights, strict=True):
-                merged.append([sum(w * experts[e][p] for e, w in zip(group, weights, strict=True)) for p in range(3)])
+                members = [block.experts[e] for e in group]
+                merged.append([sum(w * m for w, m in zip(weights, part, strict=True)) for part in zip(*members)])  # noqa: B905
             if operation.router == "slice":
-                rows = rows[[group[0] for group in operation.groups]]
+                keep_rows([group[0] for group in operation.groups])
                 runs_as = list(range(len(merged)))
             elif operation.router == "remap":
                 runs_as = [next(g for g, group in enumerate(operation.groups) if e in group) for e in runs_as]
@@ -52,27 +159,25 @@ def plain_block(directory, layer, operations, hidden):
                 merged = [
                     next(m for m, group in zip(merged, operation.groups, strict=True) if e in group) for e in runs_as
                 ]
-            experts = merged
+            block.experts = merged
         elif isinstance(operation, Skip):
             skip = operation
     output, counts = torch.zeros_like(hidden.double()), []
     for t, token in enumerate(hidden.double()):
-        probabilities = (rows @ token).softmax(dim=0).tolist()
-        chosen = sorted(range(len(rows)), key=lambda e: -probabilities[e])[: config["num_experts_per_tok"]]
-        weights = [probabilities[e] for e in chosen]
-        if renormalise:
-            weights = [w / sum(weights) for w in weights]
+        pairs = block.choose(block.logits(token))
+        weights = [weight for _, weight in pairs]
         if skip is not None and skip.rule == "ratio":
             kept = 1 if weights[1] < skip.beta * weights[0] else 2
         elif skip is not None:
             kept = next(i for i in range(1, len(weights) + 1) if sum(weights[i:]) <= skip.beta * sum(weights))
         else:
             kept = len(weights)
-        chosen, weights = chosen[:kept], weights[:kept]
-        if renormalise:
-            weights = [w / sum(weights) for w in weights]
-        for e, weight in zip(chosen, weights, strict=True):
-            gate, up, down = experts[runs_as[e]]
-            output[t] += weight * (down @ (torch.nn.functional.silu(gate @ token) * (up @ token)))
-        counts.append(len({runs_as[e] for e in chosen}))
+        scale = sum(weights) / sum(weights[:kept]) if renormalises(block.config) else 1.0
+        for e, weight in pairs[:kept]:
+            expert = block.experts[runs_as[e]]
+            if block.family == "llama4_text":  # the weight multiplies what goes in
+                output[t] += block.run(expert, weight * token)
+            else:
+                output[t] += scale * weight * block.run(expert, token)
+        counts.append(len({runs_as[e] for e, _ in pairs[:kept]}))
     return output, counts

@@ -55,15 +55,25 @@ def test_written_model_computes_the_live_plan_in_bfloat16(kind, applied):
     source, out, plan = applied("qwen2_moe", kind, "bfloat16")
     assert {entry.dtype for entry in Checkpoint(out).entries.values()} <= {"BF16", "I64"}
     assert runtime.load(out).dtype == torch.bfloat16
-    report = prove(source, out, plan)  # compares in fp32: rounding of activations cannot hide a wrong tensor
-    assert "error" not in report
-    assert report["max_abs_diff"] <= TOLERANCE * report["max_abs_logit"]
+    for streamed in (False, True):  # compares in fp32: rounding of activations cannot hide a wrong tensor
+        report = prove(source, out, plan, streamed)
+        assert "error" not in report
+        assert report["max_abs_diff"] <= TOLERANCE * report["max_abs_logit"]
     with torch.inference_mode():
         assert runtime.load(out)(input_ids=IDS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["keep", "remap", "keep_skip"])
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_the_streamed_proof_holds(family_name, kind, applied):
+    source, out, plan = applied(family_name, kind)
+    report = prove(source, out, plan, streamed=True)
+    assert "error" not in report
+    assert report["max_abs_diff"] <= TOLERANCE * report["max_abs_logit"]
+
+
 @pytest.mark.parametrize("kind", ["uneven_keep", "uneven_remap"])
-@pytest.mark.parametrize("family_name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family_name", FAMILIES)
 def test_layers_may_keep_different_numbers_of_experts(family_name, kind, applied):
     source, out, plan = applied(family_name, kind)
     family = family_of(Checkpoint(source).config)
@@ -77,16 +87,26 @@ def test_layers_may_keep_different_numbers_of_experts(family_name, kind, applied
 def test_keep_copies_survivors_and_slices_the_router(family_name, applied):
     source, out, _ = applied(family_name, "keep")
     before, after = tensors_of(source), tensors_of(out)
-    survivors = KINDS["keep"][0].experts
-    expected = {name: tensor for name, tensor in before.items() if ".experts." not in name}
+    survivors = list(KINDS["keep"][0].experts)
+    block, parts, router = NAMES[family_name]
+    expected = dict(before)  # shared experts, dense layers and attention as they were
     for layer in moe_layers(family_name):
-        block, parts = NAMES[family_name][0].format(layer), NAMES[family_name][1]
-        expected[f"{block}.gate.weight"] = before[f"{block}.gate.weight"][list(survivors)]
-        for new, old in enumerate(survivors):
-            for part in parts:
-                expected[f"{block}.experts.{new}.{part}.weight"] = before[f"{block}.experts.{old}.{part}.weight"]
+        prefix = block.format(layer)
+        for part in parts:
+            if "{}" not in part:
+                expected[f"{prefix}.{part}"] = before[f"{prefix}.{part}"][survivors]
+                continue
+            for expert in range(8):
+                del expected[f"{prefix}.{part.format(expert)}"]
+            for new, old in enumerate(survivors):
+                expected[f"{prefix}.{part.format(new)}"] = before[f"{prefix}.{part.format(old)}"]
+        for part in router:
+            rows = before[f"{prefix}.{part}"]
+            expected[f"{prefix}.{part}"] = rows[:, survivors] if len(rows) == 1 else rows[survivors]
     assert set(after) == set(expected)
-    assert all(torch.equal(after[name], expected[name]) for name in expected)
+    for name, tensor in expected.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor), name
 
 
 @pytest.mark.parametrize("kind", ["remap", "slice", "tie"])
@@ -106,7 +126,7 @@ def test_merge_writes_weighted_sums(kind, applied):
             assert torch.equal(after[f"{block}.experts.{expert}.{part}.weight"], expected.float())
     assert not any(f"{block}.experts.{len(stored)}." in name for name in after)
     rows = before[f"{block}.gate.weight"]
-    assert torch.equal(after[f"{block}.gate.weight"], rows[[0, 1, 2, 4]] if kind == "slice" else rows)
+    assert torch.equal(after[f"{block}.gate.weight"], rows[[0, 1, 4, 5]] if kind == "slice" else rows)
     if kind == "remap":
         assert after[f"{block}.expert_map"].tolist() == group_of
     else:
@@ -217,10 +237,12 @@ def test_proof_runs_in_a_fresh_process_and_catches_a_wrong_tensor(tmp_path, appl
     name = "model.layers.2.mlp.experts.1.up_proj.weight"
     tensors[name] = tensors[name] * 1.02
     save_file(tensors, wrong / "model.safetensors", {"format": "pt"})
-    assert "logits differ" in prove(first, wrong, step)["error"]
+    for streamed in (False, True):
+        assert "logits differ" in prove(first, wrong, step, streamed)["error"]
     tensors[f"{name}.extra"] = torch.ones(1)
     save_file(tensors, wrong / "model.safetensors", {"format": "pt"})
-    assert "unexpected keys" in prove(first, wrong, step)["error"]
+    for streamed in (False, True):
+        assert "unexpected keys" in prove(first, wrong, step, streamed)["error"]
 
     # A failed proof keeps nothing.
     failed = subprocess.CompletedProcess([], 1, json.dumps({"error": "logits differ by 2 of 3"}) + "\n", "")
@@ -321,7 +343,18 @@ def test_side_files_and_card(tmp_path):
     assert "see the base model" in (tmp_path / "unknown" / "README.md").read_text()
 
 
-def test_proof_is_left_out_where_memory_does_not_suffice(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: namedtuple("Memory", "available")(1e6))
-    report = apply(tiny_model("mixtral"), example_plan("mixtral", "keep"), tmp_path / "out")
-    assert report["proof"] == {"skipped": "needs about 0.5 GB of memory, 0.0 GB available"}
+def test_proof_is_streamed_or_left_out_where_memory_does_not_suffice(tmp_path, monkeypatch):
+    source = save_tiny("mixtral", tmp_path / "source", num_hidden_layers=12)
+    checkpoint = Checkpoint(source)
+    keep = Plan({"name": "test"}, {layer: (Keep((0, 2, 5, 7)),) for layer in range(12)})
+
+    def proof(free, name):
+        monkeypatch.setattr("psutil.virtual_memory", lambda: namedtuple("Memory", "available")(free))
+        return apply(source, keep, tmp_path / name)["proof"]
+
+    whole = 8 * checkpoint.parameters + 5e8
+    assert proof(whole + 1, "whole")["streamed"] is False
+    streamed = proof(whole - 1, "streamed")
+    assert streamed["streamed"] is True
+    assert streamed["max_abs_diff"] <= TOLERANCE * streamed["max_abs_logit"]
+    assert proof(1e6, "none") == {"skipped": "needs about 0.5 GB of memory, 0.0 GB available"}

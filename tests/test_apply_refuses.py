@@ -52,12 +52,32 @@ def test_refuses_what_it_cannot_do(tmp_path, tiny_model):
         apply(source, plan_of("mixtral", Skip(0.5), Keep((0, 1, 2))), tmp_path / "out")
     with pytest.raises(UserError, match="layer 7 has no MoE block"):
         apply(source, Plan({"name": "x"}, {7: plan.layers[0]}), tmp_path / "out")
-    quantised = save_tiny("mixtral", tmp_path / "quantised")
-    config = json.loads((quantised / "config.json").read_text())
-    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(UserError, match="quantised"):
-        apply(quantised, plan, tmp_path / "out")
-    assert names_around(tmp_path) == ["quantised", "taken"]
+    assert names_around(tmp_path) == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+         r"\(fp8\)\. Run `espalier dequantise .*quantised OUT` and use OUT\."),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, r"\(mxfp4\)\. Run `espalier dequantise"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"\(gptq\)\. .*unquantised .*GPTQModel"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"\(awq\)\. .*unquantised .*GPTQModel"),
+        ({"quantization_config": {"load_in_4bit": True}}, r"\(bitsandbytes\)\. .*\.dequantize\(\)\.save_pretrained"),
+        ({"quantization_config": {"quant_method": "gguf"}}, r"\(gguf\)\. .*gguf_file=FILE"),
+        ({"compression_config": {"format": "pack-quantized"}}, r"\(compressed-tensors\)\. .*CompressedTensorsDeq"),
+        ({"text_config": {"quantization_config": {"quant_method": "hqq"}}}, r"\(hqq\)\. Use the unquantised model"),
+        ({"quantization_config": {}}, r"\(unknown\)\. Use the unquantised model"),
+    ],
+)  # fmt: skip
+def test_refuses_quantised_weights_by_name_and_says_what_helps(settings, expected, tmp_path):
+    source = save_tiny("mixtral", tmp_path / "quantised")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(UserError, match=f"config.json: quantization_config: the weights are quantised {expected}") as e:
+        apply(source, example_plan("mixtral", "keep"), tmp_path / "out")
+    assert "\n" not in str(e.value)
+    assert names_around(tmp_path) == ["quantised"]
 
 
 def test_replace_overwrites(tmp_path, tiny_model):
@@ -91,6 +111,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(mount)], check=True)
 
 
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True)
+
+
 def test_a_disk_that_fills_up_leaves_nothing(small_disk: Path, tiny_model, monkeypatch):
     source = tiny_model("mixtral")
     with pytest.raises(UserError, match="Free some space"):
@@ -99,3 +123,37 @@ def test_a_disk_that_fills_up_leaves_nothing(small_disk: Path, tiny_model, monke
     with pytest.raises(UserError, match="no space left on the disk"):
         apply(source, example_plan("mixtral", "tie"), small_disk / "out")
     assert names_around(small_disk) == []
+
+
+def test_a_full_disk_that_grows_is_written_on(small_disk: Path, tiny_model, tmp_path, monkeypatch):
+    source, plan = tiny_model("mixtral", max_shard_size="20KB"), example_plan("mixtral", "tie")
+    apply(source, plan, tmp_path / "whole", prove=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, 10**9))
+        with pytest.raises(
+            UserError, match=r"no space left .* \d+ finished shards stay in .*; free some space"
+        ) as error:
+            apply(source, plan, small_disk / "out", prove=False)
+    assert "\n" not in str(error.value)
+    kept = {p.name: p.stat().st_mtime_ns for p in (small_disk / ".out.partial" / "files").iterdir()}
+    assert kept
+    needed = sum(p.stat().st_size for p in (tmp_path / "whole").iterdir())
+    remount(small_disk, f"size={needed + 200_000}")  # what is there already needs no second place
+    apply(source, plan, small_disk / "out", prove=False)
+    assert {name: (small_disk / "out" / name).stat().st_mtime_ns for name in kept} == kept
+    for path in (tmp_path / "whole").iterdir():
+        assert (small_disk / "out" / path.name).read_bytes() == path.read_bytes()
+    assert names_around(small_disk) == ["out"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(small_disk: Path, tiny_model):
+    source, plan = tiny_model("mixtral"), example_plan("mixtral", "keep")
+    remount(small_disk, "ro,size=4m")
+    with pytest.raises(UserError, match=r"out: cannot be written, .*Read-only file system\. Choose another") as error:
+        apply(source, plan, small_disk / "out")
+    assert "\n" not in str(error.value)
+    remount(small_disk, "rw")
+    (small_disk / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written, .*(Not a directory|File exists)\. Choose another"):
+        apply(source, plan, small_disk / "file" / "out")
+    assert names_around(small_disk) == ["file"]

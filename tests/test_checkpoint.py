@@ -27,15 +27,18 @@ def test_shape_is_the_models(family_name, tiny_model):
     checkpoint = Checkpoint(source)
     shape = checkpoint.shape()
     model = AutoModelForCausalLM.from_pretrained(source)
-    blocks = {n: layer.mlp for n, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")}
+    parts = {n: [*layer.children()] for n, layer in enumerate(model.model.layers)}
+    blocks = {n: part for n, children in parts.items() for part in children if hasattr(part, "experts")}
     experts = next(iter(blocks.values())).experts
+    held = [*model.parameters(), *(b for name, b in model.named_buffers() if name in model.state_dict())]
     assert shape.family == family_name
     assert shape.layers == tuple(blocks)
     assert (shape.experts, shape.top_k, shape.hidden, shape.width) == (8, 2, 32, 24)
-    assert shape.total_parameters == sum(p.numel() for p in model.parameters())
+    assert shape.total_parameters == sum(tensor.numel() for tensor in held)
     assert shape.expert_parameters * 8 == sum(p.numel() for p in experts.parameters())
-    assert shape.router_row_parameters == 32
-    assert shape.renormalise == (family_name in ("mixtral", "qwen3_moe"))
+    biased = family_name in ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "minimax_m2")
+    assert shape.router_row_parameters == 32 + biased
+    assert shape.renormalise == (family_name not in ("deepseek_v2", "jamba", "olmoe", "phimoe", "qwen2_moe"))
     routed = sum(p.numel() for block in blocks.values() for p in block.experts.parameters())
     assert shape.always_active_parameters == shape.total_parameters - routed == checkpoint.always_active_parameters
     assert checkpoint.expert_counts == dict.fromkeys(blocks, 8)

@@ -4,19 +4,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from espalier import observe
+from espalier import observe, runtime
 from espalier.collect import collect
 from espalier.errors import UserError
 from espalier.families import family_of
 from espalier.probes import PROBES
 from espalier.shape import ModelShape
+from plain_block import PlainBlock
 from tiny import FAMILIES, VOCABULARY, save_tiny
 
 CHEAP = ("usage", "output_norm", "logit_gram", "gate_ratio")
-RENORMALISED = ("mixtral", "qwen3_moe")
 
 
 def shape_of(model, experts=None):
@@ -25,11 +24,11 @@ def shape_of(model, experts=None):
     return ModelShape(
         family=config.model_type,
         layers=tuple(family.moe_layers(config.to_dict())),
-        experts=experts or config.num_experts,
-        top_k=config.num_experts_per_tok,
+        experts=experts or family.expert_count(config.to_dict()),
+        top_k=family.top_k(config.to_dict()),
         hidden=config.hidden_size,
         width=24,
-        renormalise=config.model_type in RENORMALISED,
+        renormalise=family.renormalise(config.to_dict()),
         expert_parameters=3 * 24 * config.hidden_size,
         router_row_parameters=config.hidden_size,
         total_parameters=sum(p.numel() for p in model.parameters()),
@@ -65,35 +64,28 @@ def plain_blocks(directory, ids, mask):
     """
     model = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").eval()
     family = family_of(model.config.to_dict())
-    weights = load_file(directory / "model.safetensors")
     inputs = {}
     layers = family.moe_layers(model.config.to_dict())
-    for layer in layers:
-        block = model.model.layers[layer].mlp
+    for layer, block in runtime.moe_blocks(model, family).items():
         block.register_forward_pre_hook(lambda _, args, layer=layer: inputs.__setitem__(layer, args[0]))
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask)
     blocks = {}
     for layer in layers:
-        (gate_name,) = family.router_tensors(layer)
+        block = PlainBlock(directory, layer)
         blocks[layer] = []
         for sequence, kept in zip(inputs[layer], mask, strict=True):
             for x, alive in zip(sequence, kept, strict=True):
                 if not alive:
                     continue
-                logits = F.linear(x, weights[gate_name])
-                outputs = []
-                for e in range(model.config.num_experts):
-                    gate, up, down = (weights[name] for name in family.expert_tensors(layer, e))
-                    outputs.append(F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down).double().numpy())
-                logits = logits.double().numpy()
+                logits = block.logits(x)
+                outputs = np.array([block.run(expert, x).numpy() for expert in block.experts])
+                pairs = block.choose(logits)
+                logits = np.array(logits)
                 probability = np.exp(logits) / np.exp(logits).sum()
-                chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[: model.config.num_experts_per_tok]
-                routing = [probability[e] for e in chosen]
-                if model.config.model_type in RENORMALISED:
-                    routing = [w / sum(routing) for w in routing]
-                z = sum(w * outputs[e] for w, e in zip(routing, chosen, strict=True))
-                blocks[layer].append((logits, probability, np.array(outputs), chosen, routing, z))
+                z = sum(w * outputs[e] for e, w in pairs)
+                chosen, routing = zip(*pairs, strict=True)
+                blocks[layer].append((logits, probability, outputs, chosen, routing, z))
     return blocks
 
 

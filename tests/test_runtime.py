@@ -25,8 +25,10 @@ def routed(block, hidden):
         seen["indices"], seen["none"] = inputs[1], experts.num_experts
 
     handle = block.experts.register_forward_pre_hook(watch)
+    router = block.gate if hasattr(block, "gate") else block.router
+    beside = [block.e_score_correction_bias] if hasattr(block, "e_score_correction_bias") else []
     with torch.inference_mode():
-        _, weights, indices = block.gate(hidden)
+        _, weights, indices = router(hidden, *beside)
         output = block.experts(hidden, indices, weights)
     handle.remove()
     return output, [len(set(row) - {seen["none"]}) for row in seen["indices"].tolist()], seen
@@ -40,15 +42,16 @@ def test_block_equals_a_plain_loop_over_tokens(family_name, kind, applied):
     hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(3))
     expected, counts = plain_block(source, layer, plan.layers[layer], hidden)
     model = runtime.load(out)
-    found, distinct, seen = routed(model.model.layers[layer].mlp, hidden)
+    family = family_of(Checkpoint(source).config)
+    found, distinct, seen = routed(runtime.moe_blocks(model, family)[layer], hidden)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     assert distinct == counts
     # Each expert at most once a token: nothing runs twice.
     assert sum((row != seen["none"]).sum().item() for row in seen["indices"]) == sum(counts)
     if "skip" in kind or kind == "remap":
         assert 40 < sum(counts) < 80, "the example must skip or share for some tokens, not for all"
-    live = runtime.live(runtime.load(source), plan, family_of(Checkpoint(source).config))
-    reference, _, _ = routed(live.model.layers[layer].mlp, hidden)
+    live = runtime.live(runtime.load(source), plan, family)
+    reference, _, _ = routed(runtime.moe_blocks(live, family)[layer], hidden)
     torch.testing.assert_close(reference.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 

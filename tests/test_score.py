@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from espalier import score as scoring
 from espalier.errors import UserError
+from espalier.running import Running
 from tiny import save_tiny, save_tokenizer
 
 DOMAINS = ("wiki", "code")
 ITEMS = 12
+CPU = Running.of(device="cpu", stream="never", score_batch_size=8)
 
 
 def words(count: int, generator: torch.Generator) -> str:
@@ -87,7 +89,7 @@ def log_likelihood(model: torch.nn.Module, context: list[int], continuation: lis
 
 
 def test_choices_equal_a_plain_loop(assets: Path, moe: Path) -> None:
-    document, samples = scoring.score(moe, TASKS, dtype="float32", batch_size=8, device="cpu")
+    document, samples = scoring.score(moe, TASKS, CPU, dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(moe).eval()
     items = [json.loads(line) for line in (assets / "tasks" / "items.jsonl").read_text().splitlines()]
     picks = samples[samples.task == "picks"].set_index("item")
@@ -135,7 +137,7 @@ def test_shared_contexts_give_the_log_likelihoods_of_lm_evals_own_model(moe: Pat
 
 
 def test_perplexity_result_is_the_exponential_of_nll_over_tokens(moe: Path) -> None:
-    document, samples = scoring.score(moe, TASKS[:1], dtype="float32", device="cpu")
+    document, samples = scoring.score(moe, TASKS[:1], CPU, dtype="float32")
     rows = samples[samples.task == "perplexity_wiki"]
     assert len(rows) == 10
     assert rows.tokens.tolist() == [20 + n for n in range(10)]
@@ -146,7 +148,7 @@ def test_perplexity_result_is_the_exponential_of_nll_over_tokens(moe: Path) -> N
 
 
 def test_active_parameters_of_a_stock_model_are_top_k_experts_a_layer(moe: Path) -> None:
-    document, _ = scoring.score(moe, TASKS[:1], dtype="float32", device="cpu")
+    document, _ = scoring.score(moe, TASKS[:1], CPU, dtype="float32")
     expert = 3 * 32 * 24
     total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(moe).parameters())
     assert document["active"]["experts_per_token"] == {"0": 2.0, "1": 2.0, "2": 2.0}
@@ -155,7 +157,7 @@ def test_active_parameters_of_a_stock_model_are_top_k_experts_a_layer(moe: Path)
 
 
 def test_active_is_measured_without_a_perplexity_task_too(moe: Path) -> None:
-    document, samples = scoring.score(moe, [TASKS[1] | {"limit": 5}], dtype="float32", device="cpu")
+    document, samples = scoring.score(moe, [TASKS[1] | {"limit": 5}], CPU, dtype="float32")
     assert document["active"]["tokens"] == 2 * sum(20 + n for n in range(8))
     assert list(document["tasks"]) == ["picks"]
     assert document["tasks"]["picks"]["items"] == len(samples) == 5
@@ -169,14 +171,14 @@ def test_a_dense_model_uses_all_parameters(tmp_path: Path) -> None:
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    document, _ = scoring.score(tmp_path, TASKS[:2], dtype="float32", device="cpu")
+    document, _ = scoring.score(tmp_path, TASKS[:2], CPU, dtype="float32")
     total = sum(p.numel() for p in model.parameters())
     assert document["active"]["parameters"] == document["parameters"]["stored"] == total
     assert document["parameters"]["experts"] is None
 
 
 def test_scores_and_samples_come_back_from_disk(moe: Path, tmp_path: Path) -> None:
-    document, samples = scoring.score(moe, TASKS, dtype="float32", device="cpu")
+    document, samples = scoring.score(moe, TASKS, CPU, dtype="float32")
     path = tmp_path / "scores" / "abc.json"
     scoring.save_scores(path, document | {"node": "abc"}, samples)
     assert scoring.load_scores(path)["tasks"] == document["tasks"]
@@ -188,7 +190,7 @@ def test_scores_and_samples_come_back_from_disk(moe: Path, tmp_path: Path) -> No
 
 def test_an_unknown_perplexity_is_named_with_the_nearest(moe: Path) -> None:
     with pytest.raises(UserError, match="did you mean perplexity_wiki"):
-        scoring.score(moe, [{"task": "perplexity_wikki"}], dtype="float32", device="cpu")
+        scoring.score(moe, [{"task": "perplexity_wikki"}], CPU, dtype="float32")
 
 
 def test_an_unknown_task_is_named_with_lm_evals_nearest(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,4 +202,17 @@ def test_an_unknown_task_is_named_with_lm_evals_nearest(moe: Path, monkeypatch: 
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
     with pytest.raises(UserError, match="'arc_chalenge' is neither embedded nor lm-eval's; did you mean arc_challenge"):
-        scoring.score(moe, [{"task": "arc_chalenge"}], dtype="float32", device="cpu")
+        scoring.score(moe, [{"task": "arc_chalenge"}], CPU, dtype="float32")
+
+
+def test_streamed_scores_are_those_of_the_loaded_model(moe):
+    streamed = Running.of(device="cpu", stream="always", score_batch_size=8, activation_memory=1000)
+    document, samples = scoring.score(moe, TASKS, streamed, dtype="float32")
+    expected, whole = scoring.score(moe, TASKS, CPU, dtype="float32")
+    assert document["active"]["experts_per_token"] == expected["active"]["experts_per_token"]
+    assert list(document["tasks"]) == list(expected["tasks"])
+    for name, result in expected["tasks"].items():
+        assert document["tasks"][name]["value"] == pytest.approx(result["value"], rel=1e-5), name
+    columns = ["task", "item", "correct", "tokens"]
+    pd.testing.assert_frame_equal(samples[columns], whole[columns])
+    assert samples["nll"].dropna().tolist() == pytest.approx(whole["nll"].dropna().tolist(), rel=1e-5)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from espalier.errors import UserError
+from espalier.store import atomic_file, stable_header
 
 
 class Activations:
@@ -64,11 +65,11 @@ class Activations:
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
         self._batches[batch].copy_(hidden)
 
-    def save(self, path: Path) -> None:
-        """Write all of them to a safetensors file, under a temporary name first."""
-        temporary = path.with_name(f"{path.name}.tmp")
-        save_file({"hidden": self._flat}, temporary)
-        temporary.replace(path)
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write all of them to a safetensors file, whole or not at all."""
+        with atomic_file(path) as temporary:
+            save_file({"hidden": self._flat}, temporary, metadata)
+            stable_header(temporary)
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote."""

@@ -3,7 +3,7 @@
 import io
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from math import isfinite, prod
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import UserError
-from espalier.families import Family, family_of
+from espalier.families import Family, family_of, predicts_ahead
+from espalier.quantised import refuse_quantised
 from espalier.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -84,8 +85,18 @@ class Checkpoint:
         """Routed experts in the files, by decoder layer with a MoE block; a layer's need not equal another's."""
         counts = {}
         for layer in self.family.moe_layers(self.config):
-            counts[layer] = next(e for e in count() if self.family.expert_tensors(layer, e)[0] not in self.entries)
+            if self.family.stacked:
+                stacked = self.entries.get(self.family.stacked_tensors(layer)[0])
+                counts[layer] = stacked.shape[0] if stacked is not None else 0
+            else:
+                counts[layer] = next(e for e in count() if self.family.expert_tensors(layer, e)[0] not in self.entries)
         return counts
+
+    @cached_property
+    def fingerprint(self) -> list[list[Any]]:
+        """Names, sizes and modification times of config.json and the shards: equal while nobody touches them."""
+        paths = [self.directory / "config.json", *(self.directory / file for file in self.files)]
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
     def tensors_of(self, file: str) -> list[str]:
         """Names of the tensors in one shard, in the order in which they lie there."""
@@ -93,9 +104,11 @@ class Checkpoint:
 
     def tensor(self, name: str) -> "torch.Tensor":
         """Return a tensor, read from its shard into memory of its own."""
+        return self._tensor(self.entries[name])
+
+    def _tensor(self, entry: TensorEntry) -> "torch.Tensor":
         import torch
 
-        entry = self.entries[name]
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         self._read_bytes(entry, raw)
         return raw.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)
@@ -103,6 +116,15 @@ class Checkpoint:
     def finite_tensor(self, name: str) -> "torch.Tensor":
         """Return a tensor; UserError when it holds NaN or infinity."""
         tensor = self.tensor(name)
+        self._check_finite(name, tensor)
+        return tensor
+
+    def rows(self, name: str, index: int) -> "torch.Tensor":
+        """Return tensor[index : index + 1], reading no other bytes; UserError when it holds NaN or infinity."""
+        entry = self.entries[name]
+        nbytes = entry.nbytes // entry.shape[0]
+        part = replace(entry, shape=(1, *entry.shape[1:]), nbytes=nbytes, offset=entry.offset + index * nbytes)
+        tensor = self._tensor(part)
         self._check_finite(name, tensor)
         return tensor
 
@@ -139,30 +161,40 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Parameters in the files: every tensor once, a tied `lm_head` and expert maps not at all."""
+        return sum(self._sizes.values())
+
+    @property
+    def idle_parameters(self) -> int:
+        """Parameters of multi-token-prediction layers, which no token uses."""
+        return sum(size for name, size in self._sizes.items() if predicts_ahead(self.config, name))
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
         tied = bool(self.config.get("tie_word_embeddings")) and "model.embed_tokens.weight" in self.entries
         skipped = {"lm_head.weight"} if tied else set()
-        return sum(
-            entry.size
+        return {
+            name: entry.size
             for name, entry in self.entries.items()
             if name not in skipped and not name.endswith(".expert_map")
-        )
+        }
 
     @property
     def always_active_parameters(self) -> int:
         """Parameters that every token uses: all but the routed experts, whatever their number by layer."""
-        routed = sum(
-            self.entries[name].size
-            for layer, experts in self.expert_counts.items()
-            for expert in range(experts)
-            for name in self.family.expert_tensors(layer, expert)
-        )
-        return self.parameters - routed
+        routed = sum(self.entries[name].size for layer in self.expert_counts for name in self.routed_tensors(layer))
+        return self.parameters - routed - self.idle_parameters
+
+    def routed_tensors(self, layer: int) -> list[str]:
+        """Names of the tensors that hold the routed experts of a layer."""
+        each = (self.family.expert_tensors(layer, expert) for expert in range(self.expert_counts[layer]))
+        return [*self.family.stacked_tensors(layer), *(name for names in each for name in names)]
 
     def shape(self) -> ModelShape:
         """Return the sizes, taken from the tensors; `experts` is the largest number in a layer where they differ.
 
         UserError for a dense or unknown model, or when config.json disagrees with the tensors.
         """
+        refuse_quantised(self.directory, self.config)
         family, counts = self.family, self.expert_counts
         where = f"{self.directory / 'config.json'}"
         experts, layers = family.expert_count(self.config), tuple(counts)
@@ -173,33 +205,37 @@ class Checkpoint:
                 raise UserError(
                     f"{where}: says {experts} experts, but layer {layer} holds {counts[layer]} in its shards."
                 )
-        for name in family.router_tensors(layers[0]):
-            if name not in self.entries:
-                raise UserError(f"{self.directory}: tensor {name} is missing.")
-        for key in (family.top_k_key, "hidden_size"):
+        for key in ("hidden_size", *((family.width_key,) if family.stacked else ())):
             if self.config.get(key) is None:
                 raise UserError(f"{where}: key {key!r} is missing.")
-        expert = [self.entries[name] for name in self._complete(layers[0])]
-        routers = [self.entries[name] for name in family.router_tensors(layers[0])]
+        groups, groups_chosen = family.groups(self.config)
+        if experts % groups:
+            raise UserError(f"{where}: {experts} experts cannot be divided into {groups} router groups.")
+        own = [self._entry(name) for name in family.expert_tensors(layers[0], 0)]
+        stacked = [self._entry(name) for name in family.stacked_tensors(layers[0])]
+        routers = [(self._entry(name), dim) for name, dim in family.router_tensors(layers[0]).items()]
         return ModelShape(
             family=family.model_type,
             layers=layers,
             experts=max(counts.values()),
-            top_k=int(self.config[family.top_k_key]),
+            top_k=family.top_k(self.config),
             hidden=int(self.config["hidden_size"]),
-            width=expert[0].shape[0],  # the gate projection is [F, D]
+            width=own[0].shape[0] if own else int(self.config[family.width_key]),  # the gate projection is [F, D]
             renormalise=family.renormalise(self.config),
-            expert_parameters=sum(entry.size for entry in expert),
-            router_row_parameters=sum(entry.size // entry.shape[0] for entry in routers),
+            expert_parameters=sum(e.size for e in own) + sum(e.size // e.shape[0] for e in stacked),
+            router_row_parameters=sum(entry.size // entry.shape[dim] for entry, dim in routers),
             total_parameters=self.parameters,
+            groups=groups,
+            groups_chosen=groups_chosen,
+            group_least=family.group_least,
+            router=family.router_kind(self.config),
+            idle_parameters=self.idle_parameters,
         )
 
-    def _complete(self, layer: int) -> list[str]:
-        names = self.family.expert_tensors(layer, 0)
-        for name in names:
-            if name not in self.entries:
-                raise UserError(f"{self.directory}: tensor {name} is missing.")
-        return names
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.entries:
+            raise UserError(f"{self.directory}: tensor {name} is missing.")
+        return self.entries[name]
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -92,6 +92,9 @@ def compress(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda. [default: a GPU if there is one]")
     ] = None,
+    stream: Annotated[
+        str, typer.Option("--stream", help="Run the model layer by layer: auto (if it does not fit), always, never.")
+    ] = "auto",
     keep_work: Annotated[
         bool, typer.Option("--keep-work", help="Keep tokens, statistics and plans in OUT.work.")
     ] = False,
@@ -115,6 +118,7 @@ def compress(
             dtype=dtype,
             batch_size=batch_size,
             device=device,
+            stream=stream,
             keep_work=keep_work,
             prove=prove,
             results=results,
@@ -125,6 +129,25 @@ def compress(
     saved = 1 - counts["stored"] / source
     print(f"{report['out']}: {counts['stored']:,.0f} of {source:,} parameters stored ({saved:.1%} saved), plan.json")
     print(f"at most {counts['active']:,.0f} active a token; {report['apply'][-1]['loads_in']}; {report['seconds']} s")
+
+
+@app.command(rich_help_panel=PIPELINE)
+def dequantise(
+    source: Annotated[Path, typer.Argument(help="A model directory with fp8 (in blocks) or mxfp4 weights.")],
+    out: Annotated[Path, typer.Argument(help="The directory to write; must not exist.")],
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Threads that write. [default: one a core, at most 4]")
+    ] = None,
+) -> None:
+    """Rewrite a quantised checkpoint with bf16 weights, which every other command reads."""
+    from espalier.dequantise import dequantise as run
+    from espalier.progress import show as show_progress
+
+    with show_progress() as progress:
+        report = run(source, out, workers=workers, progress=lambda done, total: progress("dequantise", done, total))
+    tensors, size = report["tensors"], report["bytes"] / 1e9
+    print(f"{out}: {tensors['dequantised']} tensors of {report['method']} now bf16, {tensors['copied']} copied")
+    print(f"{size:.2f} GB in {report['shards']} files; {report['seconds']} s")
 
 
 def _settings(words: list[str]) -> dict[str, Any]:

@@ -1,18 +1,27 @@
 """Collect: one forward pass over the calibration tokens that feeds every probe asked for."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError, nearest
 from espalier.families import Family
-from espalier.observe import BlockTrace, observe
+from espalier.observe import BlockObserver, BlockTrace, observe
 from espalier.probes import PROBES, Probe
+from espalier.resume import CollectState
+from espalier.running import Running
+from espalier.runtime import decoder, load
 from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.stats import Array, Stats
+from espalier.stream import Batch, StreamedModel
+
+Progress = Callable[[int, int], None]
+Results = dict[tuple[str, int], dict[str, Array]]
 
 
 def collect(
@@ -24,7 +33,7 @@ def collect(
     probes: Sequence[str],
     *,
     batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Stats:
     """Run `model` once over `input_ids` int [N, L] and return what `probes` observed.
 
@@ -35,57 +44,187 @@ def collect(
     UserError: unknown probe, weights that are not finite (names the tensor), experts' outputs or results that
     are not finite (names the layer), a sequence without tokens, a probe that a merged checkpoint cannot feed.
     """
-    for name in probes:
-        if name not in PROBES:
-            raise UserError(f"probe {name!r} is unknown; {nearest(name, list(PROBES))}.")
+    observation = _Observation(shape, input_ids, attention_mask, probes, batch_size)
     check_weights(model)
-    ids = torch.as_tensor(input_ids)
-    mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else torch.as_tensor(attention_mask).bool()
-    sequence_tokens = tuple(mask.sum(1).tolist())
-    if 0 in sequence_tokens:
-        raise UserError(f"attention_mask: sequence {sequence_tokens.index(0)} has no unmasked token. Remove it.")
-    tokens = sum(sequence_tokens)
-    found = {layer: {name: PROBES[name](shape, tokens) for name in PROBES if name in probes} for layer in shape.layers}
-
-    def consume(trace: BlockTrace) -> None:
-        _check_trace(trace, shape, found[trace.layer])
-        dense = any(probe.dense for probe in found[trace.layer].values())
-        for part in trace.chunks() if dense else (trace,):
-            for probe in found[trace.layer].values():
-                probe.update(part)
-
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), observe(model, shape.layers, family, consume) as observers:
-            first = 0
-            for start in range(0, len(ids), batch_size):
-                batch, kept = ids[start : start + batch_size], mask[start : start + batch_size]
-                rows = kept.flatten().nonzero()[:, 0]
+        with torch.no_grad(), observe(model, shape.layers, family, observation.consume) as observers:
+            for number, batch in enumerate(observation.batches):
                 for observer in observers:
-                    observer.expect(rows, first)
-                _forward(model, batch, kept)
-                first += len(rows)
+                    observation.expect(observer, number)
+                _forward(model, batch)
                 if progress is not None:
-                    progress(min(start + batch_size, len(ids)), len(ids))
-            batches = -(-len(ids) // batch_size)
+                    progress(min((number + 1) * batch_size, observation.sequences), observation.sequences)
             for observer in observers:
-                if observer.calls != batches:
-                    raise UserError(
-                        f"model, layer {observer.layer}: its MoE block ran {observer.calls} times in {batches} forward "
-                        "passes, so it cannot be observed. Use a stock class of transformers."
-                    )
+                observation.check_calls(observer)
     finally:
         model.train(was_training)
-    arrays = {(name, layer): probe.result() for layer, named in found.items() for name, probe in named.items()}
-    for (name, layer), result in arrays.items():
-        for key, array in result.items():
-            if not np.isfinite(array).all():
-                raise UserError(
-                    f"model, layer {layer}: probe {name} gave {np.sum(~np.isfinite(array))} values of {key} that are "
-                    "not finite. Load the model with dtype=float32 or bfloat16."
-                )
-    return Stats(shape, sequence_tokens, arrays)
+    results: Results = {}
+    for layer in shape.layers:
+        results |= observation.finish(layer)
+    return Stats(shape, observation.sequence_tokens, results)
+
+
+def collect_streamed(
+    model: StreamedModel,
+    shape: ModelShape,
+    family: Family,
+    input_ids: Any,
+    attention_mask: Any,
+    probes: Sequence[str],
+    *,
+    batch_size: int = 8,
+    activation_memory: float = float("inf"),
+    scratch: Path | None = None,
+    state: CollectState | None = None,
+    progress: Progress | None = None,
+) -> Stats:
+    """Return what `collect` returns, of a model of which one decoder layer at a time is in memory.
+
+    `activation_memory` bytes of hidden states are held in memory, more in a file below `scratch`. With `state`
+    finished layers are not run again after an interruption; the caller removes it when the result is safe.
+    `progress(done, total)` counts batches over all layers.
+    """
+    observation = _Observation(shape, input_ids, attention_mask, probes, batch_size)
+    batches, layers = observation.batches, len(model.layers)
+    states = model.activations(batches, activation_memory, scratch)
+    first = state.layers if state is not None else 0
+    results: Results = {}
+    if state is not None and first:
+        for layer in (layer for layer in shape.layers if layer < first):
+            results |= state.stats(layer).arrays
+        state.load(states)
+        model.returns_tuple = state.returns_tuple
+    with torch.no_grad(), observe(model.model, shape.layers, family, observation.consume) as observers:
+        by_layer = {observer.layer: observer for observer in observers}
+        for turn in model.turns(batches, states, first):
+            observer = by_layer.get(turn.layer)
+            for number in range(len(batches)):
+                if observer is not None:
+                    observation.expect(observer, number)
+                turn.run(number)
+                if progress is not None:
+                    progress(turn.layer * len(batches) + number + 1, layers * len(batches))
+            found: Results = {}
+            if observer is not None:
+                observation.check_calls(observer)
+                found = observation.finish(turn.layer)
+                results |= found
+            if state is not None:
+                own = Stats(shape, observation.sequence_tokens, found) if found else None
+                state.save(turn.layer, own, states, model.returns_tuple)
+    return Stats(shape, observation.sequence_tokens, results)
+
+
+def collect_checkpoint(
+    directory: Path,
+    dtype: str,
+    running: Running,
+    input_ids: Any,
+    attention_mask: Any,
+    probes: Sequence[str],
+    *,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> Stats:
+    """Collect from the model in `directory`, loaded whole or streamed as `running` says.
+
+    `state`: a folder for what an interrupted streamed collection has done. A second call with the same arguments
+    continues from it; the caller removes it when the result is safe.
+    """
+    checkpoint = Checkpoint(directory)
+    shape, family = checkpoint.shape(), checkpoint.family
+    device, batch_size = running.torch_device(), running.collect_batch_size
+    if not running.streams(checkpoint, dtype):
+        model = load(directory, dtype, device)
+        return collect(
+            model, shape, family, input_ids, attention_mask, probes, batch_size=batch_size, progress=progress
+        )
+    kept = None
+    if state is not None:
+        tokens = hashlib.sha256(np.ascontiguousarray(input_ids).tobytes())
+        if attention_mask is not None:
+            tokens.update(np.ascontiguousarray(attention_mask).tobytes())
+        identity = {"files": checkpoint.fingerprint, "tokens": tokens.hexdigest(), "probes": sorted(probes)}
+        # How the tokens are cut into batches and where they run decides about rounding.
+        kept = CollectState(state, identity | {"batch_size": batch_size, "device": device, "dtype": dtype})
+    return collect_streamed(
+        StreamedModel(directory, dtype, device),
+        shape,
+        family,
+        input_ids,
+        attention_mask,
+        probes,
+        batch_size=batch_size,
+        activation_memory=running.activation_memory,
+        scratch=running.scratch,
+        state=kept,
+        progress=progress,
+    )
+
+
+class _Observation:
+    """The calibration tokens in micro-batches, and the probes that see them, a set for each layer."""
+
+    def __init__(
+        self, shape: ModelShape, input_ids: Any, attention_mask: Any, probes: Sequence[str], batch_size: int
+    ) -> None:
+        for name in probes:
+            if name not in PROBES:
+                raise UserError(f"probe {name!r} is unknown; {nearest(name, list(PROBES))}.")
+        ids = torch.as_tensor(input_ids)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        if attention_mask is not None:
+            mask = torch.as_tensor(attention_mask).bool()
+        self.shape = shape
+        self.sequences = len(ids)
+        self.sequence_tokens = tuple(mask.sum(1).tolist())
+        if 0 in self.sequence_tokens:
+            empty = self.sequence_tokens.index(0)
+            raise UserError(f"attention_mask: sequence {empty} has no unmasked token. Remove it.")
+        parts = list(zip(torch.split(ids, batch_size), torch.split(mask, batch_size), strict=True))
+        self.batches = [Batch.of(*part) for part in parts]
+        self._rows = [part.flatten().nonzero()[:, 0] for _, part in parts]
+        self._first = np.cumsum([0, *map(len, self._rows)]).tolist()
+        self._names = [name for name in PROBES if name in probes]
+        self._probes: dict[int, dict[str, Probe]] = {}
+
+    def expect(self, observer: BlockObserver, number: int) -> None:
+        """Prepare an observer for the batch `number`."""
+        observer.expect(self._rows[number], self._first[number])
+
+    def consume(self, trace: BlockTrace) -> None:
+        """Feed the probes of the trace's layer."""
+        if trace.layer not in self._probes:
+            tokens = sum(self.sequence_tokens)
+            self._probes[trace.layer] = {name: PROBES[name](self.shape, tokens) for name in self._names}
+        probes = self._probes[trace.layer]
+        _check_trace(trace, self.shape, probes)
+        dense = any(probe.dense for probe in probes.values())
+        for part in trace.chunks() if dense else (trace,):
+            for probe in probes.values():
+                probe.update(part)
+
+    def check_calls(self, observer: BlockObserver) -> None:
+        """Raise UserError when the block did not run once a batch."""
+        if observer.calls != len(self.batches):
+            raise UserError(
+                f"model, layer {observer.layer}: its MoE block ran {observer.calls} times in {len(self.batches)} "
+                "forward passes, so it cannot be observed. Use a stock class of transformers."
+            )
+
+    def finish(self, layer: int) -> Results:
+        """Return the results of a layer's probes and forget them; UserError when they are not finite."""
+        results = {(name, layer): probe.result() for name, probe in self._probes.pop(layer).items()}
+        for (name, _), result in results.items():
+            for key, array in result.items():
+                if not np.isfinite(array).all():
+                    raise UserError(
+                        f"model, layer {layer}: probe {name} gave {np.sum(~np.isfinite(array))} values of {key} that "
+                        "are not finite. Load the model with dtype=float32 or bfloat16."
+                    )
+        return results
 
 
 def check_weights(model: Any) -> None:
@@ -101,13 +240,12 @@ def check_weights(model: Any) -> None:
             )
 
 
-def _forward(model: Any, ids: Tensor, mask: Tensor) -> None:
+def _forward(model: Any, batch: Batch) -> None:
     """Run the decoder without its output head, which no probe looks at."""
     device = model.get_input_embeddings().weight.device
-    padded = not bool(mask.all())
-    model.base_model(
-        input_ids=ids.long().to(device),
-        attention_mask=mask.long().to(device) if padded else None,
+    decoder(model)(
+        input_ids=batch.ids.to(device),
+        attention_mask=None if batch.mask is None else batch.mask.to(device),
         use_cache=False,
     )
 

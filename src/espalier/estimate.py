@@ -157,7 +157,7 @@ def sizes_of_config(config: dict[str, Any], parameters: int, bytes_per_parameter
         router_row_parameters=hidden,
         moe_layers=len(family.moe_layers(config)),
         experts=family.expert_count(config),
-        top_k=int(config[family.top_k_key]),
+        top_k=family.top_k(config),
     )
 
 

@@ -26,14 +26,14 @@ def find(store: Store) -> list[Garbage]:
     """Return what is not needed by the newest table of any experiment, nor by one that results/refs names.
 
     Everything that such a table was made from stays, models included; so do results/refs and files that
-    Espalier did not name. Unfinished files of killed runs (*.tmp) are among the garbage.
+    Espalier did not name. Unfinished files of killed runs (*.tmp, *.partial) are among the garbage.
     """
     kept = _reachable(store, _roots(store))
     models = {_model_directory(store.root / "models" / f"{id}.json") for id in kept}
     found = []
     for path in _candidates(store):
         id = path.name.split(".")[0]
-        if path.name.endswith(".tmp"):
+        if path.name.endswith((".tmp", ".partial")):
             found.append(Garbage(path, _size(path), "unfinished file of a killed run"))
         elif len(id) == 12 and all(c in "0123456789abcdef" for c in id):
             if id not in kept:

@@ -119,7 +119,12 @@ class SharedContextLM(HFLM):  # type: ignore[misc]
         for row, tokens in enumerate(rows):
             context = items[row // choices][0]
             logits = torch.cat([first.logits[row // choices, -1:], then.logits[row, : len(tokens) - 1]])  # [n, V]
-            targets = torch.tensor(tokens, device=self.device)
-            nll = functional.cross_entropy(logits.float(), targets, reduction="sum")
-            answers[context, tokens] = (-float(nll), bool((logits.argmax(-1) == targets).all()))
+            answers[context, tokens] = answer(logits, tokens)
         return answers
+
+
+def answer(logits: torch.Tensor, tokens: Tokens) -> Answer:
+    """Return the log-likelihood in nats of `tokens` [n] under logits [n, V], and whether each is the likeliest."""
+    targets = torch.tensor(tokens, device=logits.device)
+    nll = functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return -float(nll), bool((logits.argmax(-1) == targets).all())

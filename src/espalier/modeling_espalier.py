@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import MixtralForCausalLM as StockForCausalLM
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -25,6 +26,11 @@ class EspalierForCausalLM(StockForCausalLM):  # type: ignore[misc]
         # transformers looks for a decorator in the text of the class's own file; the experts are the stock ones.
         return bool(StockForCausalLM._can_set_experts_implementation())
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # Read from the class's name, and MiniMax has a cache of its own.
+        return bool(StockForCausalLM._supports_default_dynamic_cache())
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         settings = config.espalier
@@ -32,25 +38,55 @@ class EspalierForCausalLM(StockForCausalLM):  # type: ignore[misc]
             block = getattr(self.model.layers[int(index)], settings["module"])
             router = getattr(block, settings["router"])
             std = config.initializer_range
-            _resize(block.experts, layer["experts"], std)
-            _resize(router, layer["router_experts"], std)
+            stock = block.experts.num_experts
+            _resize([block.experts], stock, layer["experts"], std)
+            _resize([block, *router.modules()], stock, layer["router_experts"], std)
             if layer["remap"]:
                 experts = torch.arange(layer["router_experts"]) % layer["experts"]
                 block.register_buffer("expert_map", experts)
                 self.num_experts = layer["router_experts"]  # the auxiliary loss counts the router's experts
-            if layer["remap"] or layer["skip"]:
+            if layer["remap"] and not hasattr(block.experts, "_is_expert_parallel"):
+                router.register_forward_hook(partial(_merge_scores, block=block))
+            elif layer["remap"] or layer["skip"]:
                 # Makes transformers' kernels treat an index of `num_experts` as "no expert".
                 block.experts._is_expert_parallel = True
+                if type(block.experts).__name__ == "GptOssExperts":
+                    block.experts.forward = partial(_run, block.experts, block.experts.forward)
                 block.experts.register_forward_pre_hook(partial(_route, block=block, skip=layer["skip"]))
 
 
-def _resize(module: Any, experts: int, std: float) -> None:
-    """Give the tensors of a router or of stacked experts `experts` rows, newly drawn; from_pretrained fills them."""
-    for name, tensor in list(module.named_parameters(recurse=False)):
-        if tensor.shape[0] == module.num_experts != experts:
-            rows = tensor.new_empty(experts, *tensor.shape[1:]).normal_(std=std)
-            setattr(module, name, nn.Parameter(rows))
-    module.num_experts = experts
+def _resize(modules: list[nn.Module], stock: int, experts: int, std: float) -> None:
+    """Give the modules' own tensors `experts` rows for `stock`, newly drawn; from_pretrained fills them.
+
+    A bias [1, E] has columns instead.
+    """
+    for module in modules:
+        kinds: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for kind in kinds:
+            for name, tensor in list(kind.items()):
+                if tensor is None or stock not in (tensor.shape[:1] + tensor.shape[-1:]):
+                    continue
+                shape = list(tensor.shape)
+                shape[-1 if shape[0] == 1 and shape[-1] == stock else 0] = experts
+                rows = tensor.new_empty(shape).normal_(std=std)
+                kind[name] = nn.Parameter(rows, tensor.requires_grad) if kind is module._parameters else rows
+        for name in ("num_experts", "num_local_experts", "n_routed_experts", "out_features"):
+            if getattr(module, name, None) == stock:
+                setattr(module, name, experts)
+
+
+def _merge_scores(router: Any, inputs: Any, output: Any, *, block: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn the scores [T, router rows] of a router that picks one expert (Llama 4) into those of stored experts."""
+    scores, logits = output
+    stored = scores.new_zeros(len(scores), block.experts.num_experts)
+    return stored.index_add(1, block.expert_map, scores), logits
+
+
+def _run(experts: Any, forward: Any, hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> Any:
+    """Run the experts, with `grouped_mm` for the plain loop: that of GPT-OSS takes the index `num_experts` ill."""
+    if experts.config._experts_implementation == "eager":
+        return grouped_mm_experts_forward(experts, hidden, indices, weights)
+    return forward(hidden, indices, weights)
 
 
 def _route(experts: Any, inputs: Routed, *, block: Any, skip: dict[str, Any] | None) -> Routed:
@@ -67,8 +103,8 @@ def _route(experts: Any, inputs: Routed, *, block: Any, skip: dict[str, Any] | N
         indices = indices.gather(-1, order)
         kept = _kept(weights, skip)
         left = weights * kept
-        if skip["renormalise"]:
-            left = left / left.sum(dim=-1, keepdim=True)
+        if skip["renormalise"]:  # to the sum that the router gave, which need not be 1
+            left = left * (weights.sum(dim=-1, keepdim=True) / left.sum(dim=-1, keepdim=True))
         weights = torch.where(kept.all(dim=-1, keepdim=True), weights, left)  # nothing skipped: the router's own
     if hasattr(block, "expert_map"):
         indices = block.expert_map[indices]

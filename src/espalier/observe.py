@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from espalier.errors import UserError
 from espalier.families import Family
+from espalier.runtime import decoder
 
 NAME = "espalier_observe"
 CHUNK_BYTES = 2**29  # of all experts' outputs in float64, the largest thing that a probe holds
@@ -161,12 +162,17 @@ def observe(
     Before each forward pass call `expect` of every yielded observer. UserError when a block does not look
     its experts up in transformers' experts interface.
     """
+    if family.scales_input:
+        raise UserError(
+            f"model: the router of {family.model_type} scales the experts' input, so their outputs without its weight "
+            "cannot be observed. Use method=random or a plan of your own."
+        )
     ALL_EXPERTS_FUNCTIONS.register(NAME, _observed_experts)
     with contextlib.ExitStack() as undo:
         observers = []
         configs = {}
         for layer in layers:
-            block = getattr(model.base_model.layers[layer], family.module)
+            block = getattr(decoder(model).layers[layer], family.module)
             experts = block.experts
             if not hasattr(experts, "_is_expert_parallel"):
                 raise UserError(

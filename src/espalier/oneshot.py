@@ -13,8 +13,10 @@ from espalier import conf, methods, sources
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError, nearest
 from espalier.methods import Method
+from espalier.partial import check_disk
 from espalier.plan import Plan, survivors
 from espalier.progress import Progress
+from espalier.running import Running
 from espalier.shape import ModelShape
 from espalier.stats import Stats
 
@@ -49,6 +51,7 @@ def compress(
     dtype: str | None = None,
     batch_size: int = 8,
     device: str | None = None,
+    stream: str = "auto",
     keep_work: bool = False,
     prove: bool = True,
     results: str | Path = "results",
@@ -61,8 +64,10 @@ def compress(
     keys `settings` override. `then`: a second method on top of what the first leaves, with keys `then.KEY`.
     `calibration`: a name of conf/calibration, a file of tokens or of text. `dtype` the forward pass runs in
     (default: the model's own). `batch_size` in sequences. `device`: `cpu`, `cuda`, default the first GPU, else the
-    processor. Hub models are kept in `{results}/models`. `keep_work` keeps tokens, statistics and plans in
-    `{out}.work`. `prove=False` leaves out the proof that the output loads and computes what the plan says.
+    processor. `stream`: `auto` loads the model whole where it fits into memory, else one decoder layer at a time;
+    `always`, `never`; a streamed calibration pass that is killed is continued by the same call. Hub models are kept
+    in `{results}/models`. `keep_work` keeps tokens, statistics and plans in `{out}.work`. `prove=False` leaves out
+    the proof that the output loads and computes what the plan says.
 
     UserError, before the model is loaded where it can be known: `out` exists, an unknown name or key, a dense or
     unknown model, a ratio that leaves too few experts, tokens that do not fit the model, too small a disk.
@@ -87,18 +92,20 @@ def compress(
     if any(step.method.probes for step in steps):
         name = Path(calibration_config.get("path") or calibration_config["name"]).name
         card["calibration"] = f"{name}, {ids.shape[0]} sequences of {ids.shape[1]} tokens"
-    loading: dict[str, Any] = {"dtype": dtype or model_config.get("dtype", "auto"), "device": device or _device()}
+    computed = str(dtype or model_config.get("dtype", "auto"))
+    running = Running.of(device=device or "auto", stream=stream, collect_batch_size=batch_size)
     reports = []
     with _work_folder(out, keep_work) as work:
         current = source
         for n, step in enumerate(steps):
-            stats = _collect(step, current, (ids, mask, facts), batch_size, loading, tell)
+            state = out.with_name(f".{out.name}.collect-{n}")
+            stats = _collect(step, current, (ids, mask, facts), computed, running, state, tell)
             plan = _plan(step, stats, current, identity)
             if keep_work:
                 _keep(work, f"{n}-{step.name}", stats, plan, (ids, mask, facts))
             last = n == len(steps) - 1
             target = out if last else work / f"{n}-{step.name}"
-            reports.append(_apply(current, plan, target, card, last and prove, tell))
+            reports.append(_apply(current, plan, target, card, last and prove, running.apply_workers, tell))
             current = target
     return {
         "out": str(out),
@@ -152,13 +159,7 @@ def _check_space(source: Path, steps: list[Step], out: Path) -> None:
     from espalier.estimate import checkpoint_bytes
 
     needed = checkpoint_bytes(source, [getattr(step.method, "ratio", None) for step in steps])
-    existing = next(parent for parent in out.resolve().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            f"{out}: no space, {needed / 1e9:.3f} GB are to be written and {existing} has {free / 1e9:.3f} GB free. "
-            "Free some space or write elsewhere."
-        )
+    check_disk(out, needed)
 
 
 def _tokens(calibration: dict[str, Any], source: Path) -> Tokens:
@@ -168,12 +169,6 @@ def _tokens(calibration: dict[str, Any], source: Path) -> Tokens:
     if calibration["source"] == "file" and path.suffix in tokens.TOKEN_FILES:
         return tokens.load_tokens(path, int(Checkpoint(source).config["vocab_size"]))
     return tokens.make_tokens(calibration, source)
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _revision(id: str, revision: str | None, results: Path) -> str | None:
@@ -186,33 +181,24 @@ def _revision(id: str, revision: str | None, results: Path) -> str | None:
 
 
 def _collect(
-    step: Step,
-    source: Path,
-    tokens: Tokens,
-    batch_size: int,
-    loading: dict[str, Any],
-    tell: Progress,
+    step: Step, source: Path, tokens: Tokens, dtype: str, running: Running, state: Path, tell: Progress
 ) -> Stats:
-    checkpoint = Checkpoint(source)
-    shape = checkpoint.shape()
     if not step.method.probes:
-        return Stats.empty(shape)
-    from espalier import runtime
-    from espalier.collect import collect
+        return Stats.empty(Checkpoint(source).shape())
+    from espalier.collect import collect_checkpoint
 
     ids, mask, _ = tokens
     tell(f"{step.name}: loading {source}", 0, 0)
-    model = runtime.load(source, **loading)
-    return collect(
-        model,
-        shape,
-        checkpoint.family,
-        ids,
-        mask,
-        step.method.probes,
-        batch_size=batch_size,
-        progress=_named(tell, f"{step.name}: collect"),
-    )
+    progress = _named(tell, f"{step.name}: collect")
+    try:
+        stats = collect_checkpoint(
+            source, dtype, running, ids, mask, step.method.probes, state=state, progress=progress
+        )
+    except Exception:  # an interruption leaves it, and the same call then continues
+        shutil.rmtree(state, ignore_errors=True)
+        raise
+    shutil.rmtree(state, ignore_errors=True)
+    return stats
 
 
 def _plan(step: Step, stats: Stats, source: Path, identity: dict[str, Any]) -> Plan:
@@ -220,10 +206,13 @@ def _plan(step: Step, stats: Stats, source: Path, identity: dict[str, Any]) -> P
     return step.method.plan(stats, shape).check(shape).identified(identity, shape)
 
 
-def _apply(source: Path, plan: Plan, out: Path, card: dict[str, Any], prove: bool, tell: Progress) -> dict[str, Any]:
+def _apply(
+    source: Path, plan: Plan, out: Path, card: dict[str, Any], prove: bool, workers: int, tell: Progress
+) -> dict[str, Any]:
     from espalier.apply import apply
 
-    return apply(source, plan, out, prove=prove, card=card, progress=_named(tell, f"{plan.method['name']}: apply"))
+    progress = _named(tell, f"{plan.method['name']}: apply")
+    return apply(source, plan, out, prove=prove, card=card, progress=progress, workers=workers)
 
 
 def _named(tell: Progress, what: str) -> Callable[[int, int], None]:

@@ -1,6 +1,6 @@
 """The plan: which operation is done to each layer, as a small JSON document; imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ class Keep:
                 f"plan, layer {layer}: keep leaves {len(ids)} of {shape.experts} experts, but the router picks "
                 f"top_k={shape.top_k}. Keep at least {shape.top_k}."
             )
+        _check_groups(layer, self.experts, shape, "keep")
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,37 @@ class Merge:
                 f"plan, layer {layer}: merge with router=slice leaves {len(self.groups)} router rows, but the "
                 f"router picks top_k={shape.top_k}. Use router=remap or a smaller ratio."
             )
+        if self.router == "slice":
+            _check_groups(layer, [group[0] for group in self.groups], shape, "merge with router=slice")
 
     def expert_map(self) -> list[int]:
         """Return the group of each source expert, [E] ints."""
         where = {expert: g for g, group in enumerate(self.groups) for expert in group}
         return [where[e] for e in range(len(where))]
+
+
+def _check_groups(layer: int, rows: Sequence[int], shape: ModelShape, what: str) -> None:
+    """Raise UserError when the router, left with `rows` of its experts, cannot choose by groups any more."""
+    size = shape.experts // shape.groups
+    left = [sum(row // size == group for row in rows) for group in range(shape.groups)]
+    if len(set(left)) > 1:
+        raise UserError(
+            f"plan, layer {layer}: {what} leaves {left} experts in the {shape.groups} router groups. "
+            f"Leave the same number in each{', or use router=remap' if 'slice' in what else ''}."
+        )
+    problem = _group_problem(left[0], shape)
+    if problem:
+        raise UserError(f"plan, layer {layer}: {what} leaves {problem}.")
+
+
+def _group_problem(left: int, shape: ModelShape) -> str:
+    """Say what the router misses with `left` experts in each of its groups, if anything."""
+    where = f"{left} in each router group, but the router"
+    if left < shape.group_least:
+        return f"{where} scores a group by its best {shape.group_least}"
+    if left * shape.groups_chosen < shape.top_k:
+        return f"{where} picks top_k={shape.top_k} from {shape.groups_chosen} of {shape.groups} groups"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +102,7 @@ class Skip:
 
     `rule="ratio"` (K = 2): drop the second expert when w2 < beta * w1. `rule="tail"` (any K): keep the
     smallest i with w_{i+1} + ... + w_K <= beta * (w_1 + ... + w_K), weights in descending order.
-    What remains is scaled to sum to 1 where the model renormalises.
+    What remains is scaled to the sum of all K weights where the model renormalises.
     """
 
     op: ClassVar[str] = "skip"
@@ -87,6 +114,10 @@ class Skip:
             raise UserError(f"plan, layer {layer}: skip.rule={self.rule!r}; known: ratio, tail.")
         if self.rule == "ratio" and shape.top_k != 2:
             raise UserError(f"plan, layer {layer}: skip.rule=ratio needs top_k=2, the model has {shape.top_k}.")
+        if shape.top_k < 2:
+            raise UserError(
+                f"plan, layer {layer}: skip has nothing to leave out, the router picks top_k={shape.top_k}."
+            )
         if not 0 <= self.beta <= 1:
             raise UserError(f"plan, layer {layer}: skip.beta={self.beta} lies outside 0..1.")
 
@@ -247,7 +278,7 @@ def survivors(ratio: float, shape: ModelShape, where: str) -> int:
     """Number of experts left when the fraction `ratio` of E is removed: E - round(ratio * E).
 
     `where` names the key's owner in the error, such as `conf/method/reap.yaml`. UserError when ratio is not
-    in (0, 1), removes nothing, or leaves fewer experts than the router picks.
+    in (0, 1), removes nothing, leaves fewer experts than the router picks, or does not fit its groups.
     """
     if not isinstance(ratio, int | float) or not 0 < ratio < 1:
         raise UserError(f"{where}: ratio={ratio} is not a fraction in (0, 1) of experts to remove.")
@@ -262,8 +293,12 @@ def survivors(ratio: float, shape: ModelShape, where: str) -> int:
         raise UserError(
             f"{where}: ratio={ratio} removes none of {shape.experts} experts. Use ratio >= {1 / shape.experts:g}."
         )
-    if left % shape.groups:
-        raise UserError(
-            f"{where}: ratio={ratio} leaves {left} experts, not a multiple of the {shape.groups} router groups."
-        )
+    each, rest = divmod(left, shape.groups)
+    problem = f"not a multiple of the {shape.groups} router groups" if rest else _group_problem(each, shape)
+    if problem:
+        sizes = range(shape.groups, shape.experts, shape.groups)
+        fits = [n for n in sizes if n >= shape.top_k and not _group_problem(n // shape.groups, shape)]
+        ratios = ", ".join(f"{1 - n / shape.experts:g}" for n in sorted(fits, key=lambda n: abs(n - left))[:3])
+        remedy = f"Use ratio={ratios}." if ratios else "No ratio suits this router."
+        raise UserError(f"{where}: ratio={ratio} leaves {left} experts, {problem}. {remedy}")
     return left

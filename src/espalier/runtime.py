@@ -2,7 +2,7 @@
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from espalier import families
 from espalier.checkpoint import TORCH_NAMES, Checkpoint
 from espalier.errors import UserError
 from espalier.families import Family
-from espalier.plan import Keep, Merge, Plan, Skip
+from espalier.plan import Keep, Merge, Operation, Plan, Skip
+from espalier.quantised import refuse_quantised
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -71,6 +72,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _settings(directory: Path, device: str, trust: bool | None) -> tuple[bool, dict[str, str]]:
     """Return whether the directory's own code is trusted, and the experts' implementation to ask for."""
     config = Checkpoint(directory).config
+    refuse_quantised(directory, config)
     trusted = "espalier" in config if trust is None else trust
     if trusted and "auto_map" in config:
         _cache_code(directory, config["auto_map"]["AutoModelForCausalLM"])
@@ -117,29 +119,42 @@ def live(model: Any, plan: Plan, family: Family) -> Any:
     sets routing weights to 0, one token at a time.
     """
     blocks = moe_blocks(model, family)
+    renormalise = family.renormalise(model.config.to_dict())
     for layer, operations in plan.layers.items():
-        block = blocks[layer]
-        router = getattr(block, family.router_module)
-        for operation in operations:
-            if isinstance(operation, Keep):
-                _select(block.experts, operation.experts)
-                _select(router, operation.experts)
-            elif isinstance(operation, Merge):
-                _merge(block.experts, operation)
-                if operation.router == "slice":
-                    first = tuple(group[0] for group in operation.groups)
-                    _select(block.experts, first)
-                    _select(router, first)
-            else:
-                renormalise = family.renormalise(model.config.to_dict())
-                router.register_forward_hook(partial(_skip, operation=operation, renormalise=renormalise))
+        change_block(blocks[layer], operations, family, renormalise)
     return model
 
 
-def _select(module: Any, experts: tuple[int, ...]) -> None:
-    for name, tensor in list(module.named_parameters(recurse=False)):
-        setattr(module, name, nn.Parameter(tensor.detach()[list(experts)].clone(), requires_grad=False))
-    module.num_experts = len(experts)
+def change_block(block: Any, operations: Sequence[Operation], family: Family, renormalise: bool) -> None:
+    """Change one loaded MoE block in memory, as `live` does."""
+    router = getattr(block, family.router_module)
+    for operation in operations:
+        if isinstance(operation, Keep):
+            _select([block.experts], operation.experts)
+            _select([block, *router.modules()], operation.experts)
+        elif isinstance(operation, Merge):
+            _merge(block.experts, operation)
+            if operation.router == "slice":
+                first = tuple(group[0] for group in operation.groups)
+                _select([block.experts], first)
+                _select([block, *router.modules()], first)
+        else:
+            router.register_forward_hook(partial(_skip, operation=operation, renormalise=renormalise))
+
+
+def _select(modules: list[Any], experts: tuple[int, ...]) -> None:
+    """Leave the rows `experts` of the modules' own tensors; of a bias [1, E] the columns."""
+    before = next(module.num_experts for module in modules if hasattr(module, "num_experts"))
+    for module in modules:
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if before in tensor.shape[:1] + tensor.shape[-1:]:
+                dim = -1 if tensor.shape[0] == 1 and tensor.shape[-1] == before else 0
+                rows = tensor.detach().index_select(dim, torch.tensor(experts, device=tensor.device))
+                parameter = isinstance(tensor, nn.Parameter)
+                setattr(module, name, nn.Parameter(rows, requires_grad=False) if parameter else rows)
+        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+            if hasattr(module, name):
+                setattr(module, name, len(experts))
 
 
 @torch.no_grad()
@@ -161,7 +176,7 @@ def _skip(router: nn.Module, inputs: Any, output: Routed, *, operation: Skip, re
         keep = next(i for i in range(1, len(row) + 1) if _enough(descending, i, operation))
         row[order[keep:]] = 0
         if renormalise and keep < len(row):
-            row /= row.sum()
+            row *= descending.sum() / row.sum()
     return logits, changed.to(weights.dtype), indices
 
 
@@ -194,22 +209,28 @@ class ActiveCount:
     def _see_mask(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = kwargs.get("attention_mask")
         mask = self.mask if given is None else given
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if mask is not None and ids is not None:
-            mask = mask[:, -ids.shape[1] :]  # with a cache the mask covers the past too
+        given = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if given is None else given
+        if mask is not None and given is not None:
+            mask = mask[:, -given.shape[1] :]  # with a cache the mask covers the past too
         self._current = None if mask is None else mask.bool().reshape(-1)
 
     def _see_experts(self, experts: Any, inputs: Routed, *, layer: int) -> None:
-        indices = inputs[1]  # [T, K]
-        if self._current is not None:
-            if len(self._current) != len(indices):
-                raise ValueError(f"the mask has {len(self._current)} tokens, layer {layer} runs {len(indices)}")
-            indices = indices[self._current.to(indices.device)]
-        ordered = indices.sort(dim=-1).values
+        ordered = inputs[1].sort(dim=-1).values  # [T, K]
         new = torch.ones_like(ordered, dtype=torch.bool)
         new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        runs = new & (ordered < experts.num_experts)  # an index of num_experts means "no expert"
-        self.tokens[layer] = self.tokens.get(layer, 0) + len(indices)
+        self._add(layer, new & (ordered < experts.num_experts))  # an index of num_experts means "no expert"
+
+    def _see_scores(self, router: Any, inputs: Any, output: Any, *, layer: int) -> None:
+        self._add(layer, output[0] > 0)
+
+    def _add(self, layer: int, runs: torch.Tensor) -> None:
+        """Count `runs` [T, any] of the tokens that the mask keeps."""
+        if self._current is not None:
+            if len(self._current) != len(runs):
+                raise ValueError(f"the mask has {len(self._current)} tokens, layer {layer} runs {len(runs)}")
+            runs = runs[self._current.to(runs.device)]
+        self.tokens[layer] = self.tokens.get(layer, 0) + len(runs)
         self.runs[layer] = self.runs.get(layer, 0) + int(runs.sum())
 
 
@@ -221,10 +242,14 @@ def count_active(model: Any, family: Family) -> Iterator[ActiveCount]:
     that `ActiveCount.mask` does.
     """
     counter = ActiveCount()
-    handles = [model.register_forward_pre_hook(counter._see_mask, with_kwargs=True)]
+    handles = [decoder(model).register_forward_pre_hook(counter._see_mask, with_kwargs=True)]
     for layer, block in moe_blocks(model, family).items():
         # After the shipped code's own hook, which was registered in __init__: sees what really runs.
-        handles.append(block.experts.register_forward_pre_hook(partial(counter._see_experts, layer=layer)))
+        if family.scales_input:  # every expert runs; those without a score on nothing
+            router = getattr(block, family.router_module)
+            handles.append(router.register_forward_hook(partial(counter._see_scores, layer=layer)))
+        else:
+            handles.append(block.experts.register_forward_pre_hook(partial(counter._see_experts, layer=layer)))
     try:
         yield counter
     finally:

@@ -3,14 +3,13 @@
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from espalier import runtime
@@ -21,13 +20,15 @@ from espalier.embedded.tasks import task_configs, task_names
 from espalier.errors import UserError, nearest
 from espalier.families import names as family_names
 from espalier.intervals import estimate
-from espalier.perplexity import DocumentScore, document_scores
+from espalier.perplexity import DocumentScore, document_scores, streamed_scores
 from espalier.progress import Progress
+from espalier.running import Running
 from espalier.samples import FORMAT
 from espalier.samples import load_samples as load_samples
 from espalier.samples import load_scores as load_scores
 from espalier.samples import save_scores as save_scores
 from espalier.store import read_json
+from espalier.stream import StreamedModel
 
 PREFIX = "perplexity_"
 # Accuracies in the order in which one becomes a task's metric: our own tasks correct each choice's score by its
@@ -37,52 +38,44 @@ ACTIVE_DOCUMENTS = 8  # a domain, to measure active parameters when no perplexit
 FEWSHOT_SEED = 1234  # lm-eval's default
 
 Document = dict[str, Any]
+Documents = Sequence[tuple[str, str]]  # id, text
 
 
 def score(
     directory: Path,
     tasks: Sequence[Document],
+    running: Running,
     *,
     dtype: str = "auto",
-    batch_size: int = 32,
-    device: str = "auto",
     progress: Progress | None = None,
 ) -> tuple[Document, pd.DataFrame]:
     """Score the model in `directory` and return (document, samples).
 
     tasks: {"task": name, "limit": items or None, "length": tokens a window or None}; a name is that of an
     embedded task, `perplexity_DOMAIN` of an embedded text (`limit` does not apply: all its documents), or any
-    lm-eval task or group. `batch_size` counts sequences a forward pass.
+    lm-eval task or group. A model that does not fit is run layer by layer, all choices in one pass over its weights
+    and all perplexities in another.
 
     samples: one row an item, columns `task`, `item`, for choices `correct` (the task's metric) and each of `acc`,
     `acc_norm`, `acc_mutual_info` that the task has, for perplexities `nll` (nats), `tokens`, `bytes`.
 
-    UserError for an unknown task, or data that cannot be had.
+    UserError for an unknown task, data that cannot be had, or a task that generates text with a streamed model.
     """
     checkpoint = Checkpoint(directory)
     texts = {task["task"]: _documents(task["task"]) for task in tasks if task["task"].startswith(PREFIX)}
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = cast(PreTrainedModel, runtime.load(directory, dtype, device))
+    lengths = {task["task"]: task.get("length") for task in tasks}
+    model = _load_model(directory, checkpoint, dtype, running)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     results: dict[str, Document] = {}
     frames: list[pd.DataFrame] = []
     others = [task for task in tasks if task["task"] not in texts]
     if others:
-        for name, result, frame in _lm_eval(model, tokenizer, others, batch_size, progress):
+        for name, result, frame in _lm_eval(model, tokenizer, others, running, progress):
             results[name] = result
             frames.append(frame)
     with _counted(model, checkpoint) as active:
-        lengths = {task["task"]: task.get("length") for task in tasks}
-        for name, documents in (texts or _few_documents(checkpoint)).items():
-            found = document_scores(
-                model,
-                tokenizer,
-                documents,
-                length=lengths.get(name),
-                batch_size=batch_size,
-                progress=partial(progress, name) if progress else None,
-            )
+        corpora = {name: (found, lengths.get(name)) for name, found in (texts or _few_documents(checkpoint)).items()}
+        for name, found in _document_scores(model, tokenizer, corpora, running, progress).items():
             active["tokens"] += sum(document.tokens for document in found)
             if name in texts:
                 results[name], frame = _perplexity_result(name, found)
@@ -95,6 +88,47 @@ def score(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return document, pd.concat(frames, ignore_index=True)
+
+
+def _load_model(
+    directory: Path, checkpoint: Checkpoint, dtype: str, running: Running
+) -> PreTrainedModel | StreamedModel:
+    if running.streams(checkpoint, dtype):
+        return StreamedModel(directory, dtype, running.torch_device())
+    return cast(PreTrainedModel, runtime.load(directory, dtype, running.torch_device()))
+
+
+def _document_scores(
+    model: PreTrainedModel | StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpora: Mapping[str, tuple[Documents, int | None]],
+    running: Running,
+    progress: Progress | None,
+) -> dict[str, list[DocumentScore]]:
+    size = running.score_batch_size
+    if isinstance(model, StreamedModel):
+        if not corpora:
+            return {}
+        return streamed_scores(
+            model,
+            tokenizer,
+            corpora,
+            batch_size=size,
+            activation_memory=running.activation_memory,
+            scratch=running.scratch,
+            progress=partial(progress, "perplexity") if progress else None,
+        )
+    return {
+        name: document_scores(
+            model,
+            tokenizer,
+            documents,
+            length=length,
+            batch_size=size,
+            progress=partial(progress, name) if progress else None,
+        )
+        for name, (documents, length) in corpora.items()
+    }
 
 
 def _documents(task: str) -> list[tuple[str, str]]:
@@ -118,7 +152,7 @@ def _is_moe(checkpoint: Checkpoint) -> bool:
 
 
 @contextlib.contextmanager
-def _counted(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Document]:
+def _counted(model: PreTrainedModel | StreamedModel, checkpoint: Checkpoint) -> Iterator[Document]:
     """Count the experts that tokens run inside the context; the yielded document is filled when it ends.
 
     `parameters` are those that a token uses on average: all but the routed experts, and the distinct experts
@@ -129,7 +163,8 @@ def _counted(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Documen
         yield active
         active["parameters"] = float(checkpoint.parameters)
         return
-    with runtime.count_active(model, checkpoint.family) as counter:
+    live = model.model if isinstance(model, StreamedModel) else model
+    with runtime.count_active(live, checkpoint.family) as counter:
         yield active
     means = counter.means()
     one_expert = checkpoint.shape().expert_parameters
@@ -177,15 +212,13 @@ def _finite(value: float) -> float | None:
 
 
 def _lm_eval(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Document],
-    batch_size: int,
+    running: Running,
     progress: Progress | None,
 ) -> Iterator[tuple[str, Document, pd.DataFrame]]:
     from lm_eval import evaluator
-
-    from espalier.harness import SharedContextLM
 
     with _quiet():
         loaded = {task["task"]: _load(task["task"]) for task in tasks}
@@ -196,7 +229,7 @@ def _lm_eval(
             for name in loaded[task["task"]]["tasks"]:
                 items = len(leaves[name].eval_docs)
                 chosen[name] = range(min(task.get("limit") or items, items))
-        lm = SharedContextLM(model, tokenizer, batch_size, partial(progress, "choices") if progress else None)
+        lm = _language_model(model, tokenizer, running, partial(progress, "choices") if progress else None)
         # Not `simple_evaluate`: it also runs pip and other programs to describe the machine, which takes seconds.
         found = evaluator.evaluate(
             lm, {"tasks": leaves, "groups": groups}, samples=chosen, bootstrap_iters=0, log_samples=True
@@ -205,6 +238,22 @@ def _lm_eval(
         name = task["task"]
         frame = pd.concat([_sample_frame(name, leaf, found["samples"][leaf]) for leaf in loaded[name]["tasks"]])
         yield name, _task_result(name, found["results"].get(name, {}), frame), frame
+
+
+def _language_model(
+    model: PreTrainedModel | StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    running: Running,
+    progress: Callable[[int, int], None] | None,
+) -> Any:
+    if isinstance(model, StreamedModel):
+        from espalier.streamed_harness import StreamedLM
+
+        room = (running.activation_memory, running.scratch)
+        return StreamedLM(model, tokenizer, running.score_batch_size, *room, progress=progress)
+    from espalier.harness import SharedContextLM
+
+    return SharedContextLM(model, tokenizer, running.score_batch_size, progress)
 
 
 def _load(name: str) -> Document:

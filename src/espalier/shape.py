@@ -11,7 +11,11 @@ class ModelShape:
     `layers` are the decoder layers that hold a MoE block. `expert_parameters` counts one expert's weights
     (and biases), `router_row_parameters` what one expert adds to a router. `total_parameters` counts every
     tensor of the checkpoint once (tied embeddings once). `always_active_parameters` are those that every
-    token uses: all but the routed experts.
+    token uses: all but the routed experts and `idle_parameters` (multi-token-prediction layers).
+
+    Routers choose in `groups` equal groups of consecutive experts: a token takes its experts from the best
+    `groups_chosen` of them, and a group is scored by its best `group_least` experts. `router` says in words how
+    weights come from logits; it is `softmax` only where they are the softmax's largest K.
     """
 
     family: str
@@ -24,11 +28,16 @@ class ModelShape:
     expert_parameters: int
     router_row_parameters: int
     total_parameters: int
-    groups: int = 1  # router groups (DeepSeek-V3): each must keep the same number of experts
+    groups: int = 1
+    groups_chosen: int = 1
+    group_least: int = 1
+    router: str = "softmax"
+    idle_parameters: int = 0
 
     @property
     def always_active_parameters(self) -> int:
-        return self.total_parameters - len(self.layers) * self.experts * self.expert_parameters
+        routed = len(self.layers) * self.experts * self.expert_parameters
+        return self.total_parameters - routed - self.idle_parameters
 
     def active_parameters(self, experts_per_token: float | None = None) -> float:
         """Parameters that one token uses, when it runs `experts_per_token` (default K) in each MoE block."""

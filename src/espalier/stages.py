@@ -1,12 +1,14 @@
 """What each node's job does: read the node, call the stage's function, write the artefact and its run record."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from espalier import conf
 from espalier.errors import UserError
+from espalier.running import Running
 from espalier.store import Store, read_json, run_record, write_json
 
 Document = dict[str, Any]
@@ -29,15 +31,6 @@ def runtime(store: Store) -> Document:
     if id:
         return read_json(store.run_path(id), "espalier.runtime/1")
     return {"runtime": conf.load("runtime", "default"), "tracking": conf.load("tracking", "off")}
-
-
-def device(settings: Document) -> str:
-    """Return the torch device of `runtime.device`; `auto` is the first GPU, else the processor."""
-    import torch
-
-    if settings["device"] != "auto":
-        return str(settings["device"])
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def weights(node: Document, store: Store) -> Path:
@@ -65,22 +58,19 @@ def _tokens(node: Document, store: Store, artefact: Path, record: Document) -> N
 
 
 def _collect(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier import runtime as models
     from espalier import tokens
     from espalier.checkpoint import Checkpoint
-    from espalier.collect import collect
-    from espalier.families import family_of
+    from espalier.collect import collect_checkpoint
 
-    directory = weights(node, store)
-    checkpoint = Checkpoint(directory)
-    shape, settings = checkpoint.shape(), runtime(store)["runtime"]
-    ids, mask, _ = tokens.load_tokens(store.path(store.parent(node, "tokens")), checkpoint.config["vocab_size"])
-    model = models.load(directory, node["config"]["dtype"], device(settings))
-    batch_size = settings["collect_batch_size"]
-    family = family_of(checkpoint.config)
-    probes = node["config"]["probes"]
-    stats = collect(model, shape, family, ids, mask, probes, batch_size=batch_size)
+    directory, config = weights(node, store), node["config"]
+    ids, mask, _ = tokens.load_tokens(
+        store.path(store.parent(node, "tokens")), Checkpoint(directory).config["vocab_size"]
+    )
+    state = artefact.with_name(f".{artefact.stem}.partial")
+    running = Running.of(runtime(store)["runtime"])
+    stats = collect_checkpoint(directory, config["dtype"], running, ids, mask, config["probes"], state=state)
     stats.save(artefact, node=node["id"])
+    shutil.rmtree(state, ignore_errors=True)
 
 
 def _plan(node: Document, store: Store, artefact: Path, record: Document) -> None:
@@ -114,7 +104,8 @@ def _apply(node: Document, store: Store, artefact: Path, record: Document) -> No
     plan_node = store.parent(node, "plan")
     plan = Plan.load(store.path(plan_node))
     card = {"node": node["id"], "calibration": _calibration(plan_node, store)}
-    record["apply"] = apply(weights(node, store), plan, artefact, replace=True, card=card)
+    workers = Running.of(runtime(store)["runtime"]).apply_workers
+    record["apply"] = apply(weights(node, store), plan, artefact, replace=True, card=card, workers=workers)
 
 
 def _calibration(plan_node: Document, store: Store) -> str | None:
@@ -131,13 +122,8 @@ def _score(node: Document, store: Store, artefact: Path, record: Document) -> No
     from espalier.score import save_scores, score
 
     settings = runtime(store)
-    document, samples = score(
-        weights(node, store),
-        node["config"]["tasks"],
-        dtype=node["config"]["dtype"],
-        batch_size=settings["runtime"]["score_batch_size"],
-        device=device(settings["runtime"]),
-    )
+    running = Running.of(settings["runtime"])
+    document, samples = score(weights(node, store), node["config"]["tasks"], running, dtype=node["config"]["dtype"])
     save_scores(artefact, document | {"node": node["id"]}, samples)
     folder = {"directory": settings["tracking"].get("directory") or str(store.root)}
     with tracking.track(settings["tracking"] | folder, node["id"], node["label"]) as tracker:

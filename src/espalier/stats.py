@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from espalier.errors import UserError
 from espalier.shape import ModelShape
-from espalier.store import atomic_file
+from espalier.store import atomic_file, stable_header
 
 FORMAT = "espalier.stats/1"
 Array = NDArray[Any]
@@ -67,6 +67,7 @@ class Stats:
         }
         with atomic_file(path) as temporary:
             save_file(flat, temporary, header)
+            stable_header(temporary)
 
     @classmethod
     def empty(cls, shape: ModelShape) -> "Stats":

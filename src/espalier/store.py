@@ -9,6 +9,7 @@ import platform
 import resource
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -206,6 +207,24 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def stable_header(path: Path) -> None:
+    """Put a safetensors file's metadata in alphabetical order, in place.
+
+    The library writes it in an order that changes from process to process, and equal artefacts should have equal
+    bytes. The tensors keep theirs.
+    """
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        ordered = {"__metadata__": dict(sorted(metadata.items()))} | header
+        raw = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(raw) > length:
+            raise ValueError(f"{path}: the ordered header takes {len(raw)} bytes, the library's {length}")
+        file.seek(8)
+        file.write(raw.ljust(length))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier import runtime
+from espalier import heap, runtime
 from espalier.activations import Activations
 from espalier.checkpoint import Checkpoint
 from espalier.weights import WeightMap
@@ -45,17 +45,25 @@ class StreamedModel:
     """A causal model of which one decoder layer (and the next, being read) is in memory.
 
     `model` is the transformers model; hooks can be put on its modules as on those of any other. `dtype` is what it
-    computes in, `auto` for the checkpoint's own. Without `prefetch` only one layer is held at a time.
+    computes in, `auto` for the checkpoint's own. Without `prefetch` only one layer is held at a time. `prepare` may
+    change a layer, given its index and the loaded module, before it runs.
 
     UserError when the files do not give all tensors of the model.
     """
 
     def __init__(
-        self, directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu", *, prefetch: bool = True
+        self,
+        directory: Path,
+        dtype: torch.dtype | str = "auto",
+        device: str = "cpu",
+        *,
+        prefetch: bool = True,
+        prepare: Callable[[int, nn.Module], None] | None = None,
     ) -> None:
         self.checkpoint = Checkpoint(directory)
         self.device = torch.device(device)
         self.prefetch = prefetch
+        self.prepare = prepare
         self.model = runtime.skeleton(directory, dtype, device)
         self.dtype = self.model.dtype
         self.weights = WeightMap(self.model, self.checkpoint)
@@ -78,7 +86,7 @@ class StreamedModel:
         self._turn: int | None = None
         self._number = 0
         self._states: Activations | None = None
-        self._returns_tuple = False
+        self.returns_tuple = False  # a layer's output; known when one has run
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
         for index, layer in enumerate(self.layers):
             layer.forward = self._layer_forward(index, layer.forward)
@@ -118,6 +126,8 @@ class StreamedModel:
                 coming = reader.submit(self._read_layer, index + 1) if ahead else None
                 layer = self.layers[index]
                 _assign(self.model, layer, tensors, f"{self._decoder_name}.layers.{index}.")
+                if self.prepare is not None:
+                    self.prepare(index, layer)
                 self._turn = index
                 try:
                     yield Turn(self, index, batches)
@@ -129,6 +139,7 @@ class StreamedModel:
                         self._free[tensor.shape, tensor.dtype].append(tensor)
                 if not self.prefetch:
                     self._free.clear()
+                heap.trim()
             self._free.clear()
 
     @contextlib.contextmanager
@@ -150,12 +161,12 @@ class StreamedModel:
                 if index > 0:
                     hidden = self._states[self._number].to(self.device)
                 output = forward(hidden, *args, **kwargs)
-                self._returns_tuple = isinstance(output, tuple)
-                self._states[self._number] = output[0] if self._returns_tuple else output
+                self.returns_tuple = isinstance(output, tuple)
+                self._states[self._number] = output[0] if self.returns_tuple else output
                 raise _LeftError
             if index == len(self.layers) - 1:
                 hidden = self._states[self._number].to(self.device)
-            return (hidden,) if self._returns_tuple else hidden
+            return (hidden,) if self.returns_tuple else hidden
 
         return run
 
@@ -256,9 +267,11 @@ def _assign(
 
 
 def _release(module: nn.Module) -> None:
-    """Put the meta tensors back."""
+    """Put the meta tensors back, for a tensor that was put in the place of a loaded one a meta tensor of its shape."""
     for child in module.modules():
-        for kind in (child._parameters, child._buffers):
+        kinds: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
+        for kind in kinds:
             for name, tensor in kind.items():
-                if tensor is not None and hasattr(tensor, "_espalier_meta"):
-                    kind[name] = tensor._espalier_meta
+                if tensor is not None and not tensor.is_meta:
+                    meta = torch.empty_like(tensor, device="meta")
+                    kind[name] = getattr(tensor, "_espalier_meta", meta)

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from espalier import hub
 from espalier.embedded.assets import text_directory
 from espalier.errors import UserError, nearest
-from espalier.store import atomic_file
+from espalier.store import atomic_file, stable_header
 
 FORMAT = "espalier.tokens/1"
 KEYS = ("name", "source", "domains", "samples", "length", "seed", "draw", "path", "text")
@@ -87,6 +87,7 @@ def save_tokens(path: Path, input_ids: Ids, mask: Mask | None, facts: Facts) -> 
         tensors["attention_mask"] = np.ascontiguousarray(mask, dtype=np.uint8)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, {"format": FORMAT, "facts": json.dumps(facts)})
+        stable_header(temporary)
 
 
 def load_tokens(path: Path, vocab_size: int | None) -> tuple[Ids, Mask | None, Facts]:

@@ -3,7 +3,6 @@
 #   snakemake --cores 2 results/embedded/model/model.safetensors
 # The outputs are single files, written last: what a failed or killed job leaves beside them (downloads, the
 # training's state) survives, and the next run continues from it.
-EMBEDDED = f"{RESULTS}/embedded"
 
 
 rule corpora:
@@ -16,7 +15,7 @@ rule corpora:
     message:
         "corpora: download and split the four domains"
     params:
-        directory=f"{RESULTS}/corpora",
+        directory=subpath(output[0], parent=True),
     shell:
         "python -m espalier.embedded.corpora --out {params.directory} >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
 
@@ -25,7 +24,7 @@ rule train_embedded:
     input:
         f"{RESULTS}/corpora/manifest.json",
     output:
-        f"{EMBEDDED}/model/model.safetensors",
+        f"{RESULTS}/embedded/model/model.safetensors",
     log:
         f"{RESULTS}/logs/train_embedded.log",
     conda:
@@ -34,8 +33,8 @@ rule train_embedded:
     message:
         "train_embedded: {params.steps} steps"
     params:
-        corpora=f"{RESULTS}/corpora",
-        directory=EMBEDDED,
+        corpora=subpath(input[0], parent=True),
+        directory=subpath(output[0], ancestor=2),
         steps=config["train_steps"],
         options=config["train_options"],
     shell:

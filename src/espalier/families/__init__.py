@@ -1,5 +1,6 @@
 """Model families: tensor names on disk and config keys, one file a family; imports no torch."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,44 +17,82 @@ def every_layer(config: Config) -> list[int]:
     return list(range(config["num_hidden_layers"]))
 
 
+def plain_softmax(config: Config) -> str:
+    """Return the name of the ordinary router: top-K of the softmax of the logits."""
+    return "softmax"
+
+
+def one_group(config: Config) -> tuple[int, int]:
+    """Return (1, 1): a router that chooses among all experts at once."""
+    return 1, 1
+
+
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a MoE block lie in a checkpoint of one `model_type`.
+    """Where the parts of a MoE block lie in a checkpoint of one `model_type`, and how its router chooses.
 
     Names are templates of the tensors on disk with `{layer}` and `{expert}`. A live model is reached
-    through transformers' common shape instead: `model.model.layers[layer].{module}.{router_module}` returns
+    through transformers' common shape instead: `....layers[layer].{module}.{router_module}` returns
     (logits, weights, indices) and `....experts` holds stacked tensors.
+
+    A family has either `experts` (one tensor for each expert and part) or `stacked` (all experts in one tensor).
     """
 
     model_type: str
     architecture: str  # the stock class in transformers
     block: str  # prefix of the MoE block on disk, ends without a dot
     experts: tuple[str, ...]  # one expert's tensors after `{block}.`, with {expert}; gate, up, down in order
-    router: tuple[str, ...]  # tensors after `{block}.` whose first dimension is E
-    expert_keys: tuple[str, ...]  # config.json keys that may hold E; those present are all rewritten
+    router: tuple[str, ...]  # tensors after `{block}.` whose first dimension is E; the weight first
+    expert_keys: tuple[str, ...]  # config.json keys that may hold E; the first wins, as it does in transformers
+    stacked: tuple[str, ...] = ()  # tensors after `{block}.` that hold all experts along their first dimension
+    router_columns: tuple[str, ...] = ()  # tensors after `{block}.` whose last dimension is E
     top_k_key: str = "num_experts_per_tok"
     width_key: str = "moe_intermediate_size"
     module: str = "mlp"  # the MoE block in a live decoder layer
     router_module: str = "gate"
     renormalise: Callable[[Config], bool] = lambda config: bool(config.get("norm_topk_prob", False))
     moe_layers: Callable[[Config], list[int]] = every_layer
+    router_kind: Callable[[Config], str] = plain_softmax  # in words; `softmax` only for the ordinary router
+    groups: Callable[[Config], tuple[int, int]] = one_group  # router groups, and how many of them a token chooses
+    group_least: int = 1  # experts that the router needs in each group to score it
+    scales_input: bool = False  # the weight multiplies the experts' input; the router returns (scores [T, E], logits)
+    least_experts: int = 1  # with fewer in config.json the stock class builds no MoE block
 
     def expert_count(self, config: Config) -> int:
         """Return E; UserError when config.json has none of the family's keys."""
-        for key in self.expert_keys:
+        return self._first(config, self.expert_keys)
+
+    def top_k(self, config: Config) -> int:
+        """Return K; UserError when config.json does not say it."""
+        return self._first(config, ("num_experts_per_tok", self.top_k_key))
+
+    def _first(self, config: Config, keys: tuple[str, ...]) -> int:
+        for key in keys:
             if config.get(key) is not None:
                 return int(config[key])
-        raise UserError(f"config.json: {self.model_type} has none of the keys {list(self.expert_keys)}.")
+        raise UserError(f"config.json: {self.model_type} has none of the keys {sorted(set(keys))}.")
+
+    def _named(self, layer: int, names: tuple[str, ...], **more: int) -> list[str]:
+        block = self.block.format(layer=layer)
+        return [f"{block}.{name.format(**more)}" for name in names]
 
     def expert_tensors(self, layer: int, expert: int) -> list[str]:
-        """Names on disk of one expert's tensors, in the order gate, up, down."""
-        block = self.block.format(layer=layer)
-        return [f"{block}.{name.format(expert=expert)}" for name in self.experts]
+        """Names on disk of one expert's own tensors, in the order gate, up, down; none where they are stacked."""
+        return self._named(layer, self.experts, expert=expert)
 
-    def router_tensors(self, layer: int) -> list[str]:
-        """Names on disk of the tensors that hold one row per expert."""
-        block = self.block.format(layer=layer)
-        return [f"{block}.{name}" for name in self.router]
+    def stacked_tensors(self, layer: int) -> list[str]:
+        """Names on disk of the tensors [E, ...] that hold all experts."""
+        return self._named(layer, self.stacked)
+
+    def router_tensors(self, layer: int) -> dict[str, int]:
+        """Names on disk of the router's tensors, the weight first, with the dimension (0 or -1) that is E."""
+        rows, columns = self._named(layer, self.router), self._named(layer, self.router_columns)
+        return dict.fromkeys(rows, 0) | dict.fromkeys(columns, -1)
+
+    def block_prefixes(self, layer: int) -> tuple[str, ...]:
+        """Prefixes under which every tensor on disk must be one of the family's own: experts and router."""
+        names = {name.rpartition(".")[0] for name in self.router_tensors(layer)} - {self.block.format(layer=layer)}
+        return (f"{self.block.format(layer=layer)}.experts.", *(f"{name}." for name in sorted(names)))
 
     def expert_map_tensor(self, layer: int) -> str:
         """Name on disk of the expert map that a merged checkpoint's own modelling code reads."""
@@ -61,8 +100,14 @@ class Family:
 
     def resize(self, config: Config, experts: int) -> Config:
         """Return config.json with E replaced in every key that holds it."""
-        present = [key for key in self.expert_keys if key in config]
-        return config | dict.fromkeys(present or self.expert_keys[:1], experts)
+        return config | dict.fromkeys((key for key in self.expert_keys if key in config), experts)
+
+
+def predicts_ahead(config: Config, name: str) -> bool:
+    """Whether a tensor on disk belongs to a multi-token-prediction layer, which transformers does not load."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    beyond = found is not None and int(found[1]) >= config["num_hidden_layers"]
+    return beyond or re.search(r"(?:^|\.)mtp", name) is not None
 
 
 def names() -> list[str]:

@@ -8,7 +8,7 @@ FAMILY = Family(
     block="model.layers.{layer}.block_sparse_moe",
     experts=("experts.{expert}.w1.weight", "experts.{expert}.w3.weight", "experts.{expert}.w2.weight"),
     router=("gate.weight",),
-    expert_keys=("num_local_experts", "num_experts"),
+    expert_keys=("num_experts", "num_local_experts"),
     width_key="intermediate_size",
     renormalise=lambda config: True,
 )

@@ -12,6 +12,6 @@ FAMILY = Family(
         "experts.{expert}.down_proj.weight",
     ),
     router=("gate.weight",),
-    expert_keys=("num_experts", "num_local_experts"),
+    expert_keys=("num_local_experts", "num_experts"),
     width_key="intermediate_size",
 )

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier.errors import UserError
-from espalier.methods.options import one_of, whole_number
+from espalier.methods.options import one_of, softmax_router, whole_number
 from espalier.methods.subset_loss import all_subsets, enumerate_subsets
 from espalier.plan import Keep, Plan, survivors
 from espalier.shape import ModelShape
@@ -61,6 +61,8 @@ class Naee:
         removed = shape.experts - survivors(self.ratio, shape, WHERE)
         if shape.groups > 1:
             raise UserError(f"{WHERE}: the search knows no router groups, the model has {shape.groups}. Use reap.")
+        what = "the search routes anew by the softmax of the logits"
+        softmax_router(WHERE, shape, what, "Use method=reap.", plain=True)
         layers, evidence = {}, {}
         for layer, arrays in stats.layers("residual_gram"):
             chunk = self._chunks(stats, arrays["token"])

@@ -3,6 +3,7 @@
 from typing import Any
 
 from espalier.errors import UserError
+from espalier.shape import ModelShape
 
 
 def one_of(method: str, key: str, value: Any, known: tuple[Any, ...], why: str = "") -> None:
@@ -16,3 +17,13 @@ def whole_number(method: str, key: str, value: Any, least: int) -> None:
     """Raise UserError unless `value` is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"conf/method/{method}.yaml: {key}={value} is not a whole number >= {least}.")
+
+
+def softmax_router(where: str, shape: ModelShape, what: str, remedy: str, *, plain: bool = False) -> None:
+    """Raise UserError unless the router scores experts by a softmax; `plain`: and by nothing besides.
+
+    `what` says what the method takes from the logits.
+    """
+    fits = shape.router == "softmax" if plain else shape.router.startswith("softmax")
+    if not fits:
+        raise UserError(f"{where}: {what}, but the router of {shape.family} is {shape.router}. {remedy}")

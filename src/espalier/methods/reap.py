@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
-from espalier.methods.options import one_of
+from espalier.methods.options import one_of, softmax_router
 from espalier.methods.ranking import keep_best, mean
 from espalier.plan import Plan
 from espalier.shape import ModelShape
@@ -35,6 +35,9 @@ class Reap:
         one_of("reap", "weights", self.weights, ("model", "published"))
 
     def plan(self, stats: Stats, shape: ModelShape) -> Plan:
+        if self.weights == "published":
+            what = "weights=published is the softmax of the logits"
+            softmax_router("conf/method/reap.yaml", shape, what, "Use weights=model.")
         return keep_best({"name": "reap"} | asdict(self), self._scores(stats), shape)
 
     def _scores(self, stats: Stats) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -9,6 +9,7 @@ sums the same scores but ranks them over all layers:
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+from espalier.methods.options import softmax_router
 from espalier.methods.ranking import keep_best
 from espalier.plan import Plan
 from espalier.shape import ModelShape
@@ -23,5 +24,7 @@ class SoftCount:
     probes: ClassVar[tuple[str, ...]] = ("usage",)
 
     def plan(self, stats: Stats, shape: ModelShape) -> Plan:
+        what = "the score is the softmax of the logits"
+        softmax_router("conf/method/soft_count.yaml", shape, what, "Use method=reap or frequency.")
         scores = ((layer, arrays["probability_sum"]) for layer, arrays in stats.layers("usage"))
         return keep_best({"name": "soft_count"} | asdict(self), scores, shape)

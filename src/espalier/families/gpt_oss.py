@@ -1,0 +1,21 @@
+"""GPT-OSS in bf16: all experts of a block in one tensor, biases everywhere, softmax over the chosen logits."""
+
+from espalier.families import Family
+
+FAMILY = Family(
+    model_type="gpt_oss",
+    architecture="GptOssForCausalLM",
+    block="model.layers.{layer}.mlp",
+    experts=(),
+    stacked=(
+        "experts.gate_up_proj",
+        "experts.gate_up_proj_bias",
+        "experts.down_proj",
+        "experts.down_proj_bias",
+    ),
+    router=("router.weight", "router.bias"),
+    expert_keys=("num_experts", "num_local_experts"),
+    width_key="intermediate_size",
+    router_module="router",
+    renormalise=lambda config: True,
+)

@@ -1,0 +1,28 @@
+"""Jamba (Mini, Large): Mamba and attention layers; every second layer's feed-forward part is a MoE block."""
+
+from espalier.families import Config, Family
+
+
+def _moe_layers(config: Config) -> list[int]:
+    period, offset = config.get("expert_layer_period", 2), config.get("expert_layer_offset", 1)
+    return [layer for layer in range(config["num_hidden_layers"]) if layer % period == offset]
+
+
+FAMILY = Family(
+    model_type="jamba",
+    architecture="JambaForCausalLM",
+    block="model.layers.{layer}.feed_forward",
+    experts=(
+        "experts.{expert}.gate_proj.weight",
+        "experts.{expert}.up_proj.weight",
+        "experts.{expert}.down_proj.weight",
+    ),
+    router=("router.weight",),
+    expert_keys=("num_local_experts", "num_experts"),
+    width_key="intermediate_size",
+    module="feed_forward",
+    router_module="router",
+    renormalise=lambda config: False,
+    moe_layers=_moe_layers,
+    least_experts=2,  # with one the class builds a dense layer
+)
