@@ -300,6 +300,7 @@ def _stage(name: str, what: str) -> None:
 _stage("fetch", "Bring a model to this machine.")
 _stage("tokens", "Make calibration tokens.")
 _stage("collect", "Run the model once over the tokens and keep statistics.")
+_stage("reduce", "Join the statistics of a calibration's shards.")
 _stage("plan", "Decide from statistics what to keep, merge or skip.")
 _stage("apply", "Write the checkpoint that a plan says.")
 _stage("score", "Score a checkpoint on its tasks.")

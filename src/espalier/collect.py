@@ -21,7 +21,10 @@ from espalier.stats import Array, Stats
 from espalier.stream import Batch, StreamedModel
 
 Progress = Callable[[int, int], None]
+Shard = tuple[int, int]  # number from 0, of how many
 Results = dict[tuple[str, int], dict[str, Array]]
+
+WHOLE: Shard = (0, 1)
 
 
 def collect(
@@ -33,18 +36,20 @@ def collect(
     probes: Sequence[str],
     *,
     batch_size: int = 8,
+    shard: Shard = WHOLE,
     progress: Progress | None = None,
 ) -> Stats:
     """Run `model` once over `input_ids` int [N, L] and return what `probes` observed.
 
     `attention_mask` int [N, L] or None: tokens where it is 0 are not observed. `batch_size` sequences run
-    together; it bounds memory and does not change the result but by rounding. `progress(done, total)` is
-    called after each batch with numbers of sequences. The model is left as it was.
+    together; it bounds memory and does not change the result but by rounding. `shard` (i, n): only the i-th of n
+    runs of the sequences, from 0; `espalier.reduce` joins the results. `progress(done, total)` is called after each
+    batch with numbers of sequences. The model is left as it was.
 
     UserError: unknown probe, weights that are not finite (names the tensor), experts' outputs or results that
     are not finite (names the layer), a sequence without tokens, a probe that a merged checkpoint cannot feed.
     """
-    observation = _Observation(shape, input_ids, attention_mask, probes, batch_size)
+    observation = _Observation(shape, input_ids, attention_mask, probes, batch_size, shard)
     check_weights(model)
     was_training = model.training
     model.eval()
@@ -75,6 +80,7 @@ def collect_streamed(
     probes: Sequence[str],
     *,
     batch_size: int = 8,
+    shard: Shard = WHOLE,
     activation_memory: float = float("inf"),
     scratch: Path | None = None,
     state: CollectState | None = None,
@@ -86,7 +92,7 @@ def collect_streamed(
     finished layers are not run again after an interruption; the caller removes it when the result is safe.
     `progress(done, total)` counts batches over all layers.
     """
-    observation = _Observation(shape, input_ids, attention_mask, probes, batch_size)
+    observation = _Observation(shape, input_ids, attention_mask, probes, batch_size, shard)
     batches, layers = observation.batches, len(model.layers)
     states = model.activations(batches, activation_memory, scratch)
     first = state.layers if state is not None else 0
@@ -126,6 +132,7 @@ def collect_checkpoint(
     probes: Sequence[str],
     *,
     state: Path | None = None,
+    shard: Shard = WHOLE,
     progress: Progress | None = None,
 ) -> Stats:
     """Collect from the model in `directory`, loaded whole or streamed as `running` says.
@@ -139,14 +146,27 @@ def collect_checkpoint(
     if not running.streams(checkpoint, dtype):
         model = load(directory, dtype, device)
         return collect(
-            model, shape, family, input_ids, attention_mask, probes, batch_size=batch_size, progress=progress
+            model,
+            shape,
+            family,
+            input_ids,
+            attention_mask,
+            probes,
+            batch_size=batch_size,
+            shard=shard,
+            progress=progress,
         )
     kept = None
     if state is not None:
         tokens = hashlib.sha256(np.ascontiguousarray(input_ids).tobytes())
         if attention_mask is not None:
             tokens.update(np.ascontiguousarray(attention_mask).tobytes())
-        identity = {"files": checkpoint.fingerprint, "tokens": tokens.hexdigest(), "probes": sorted(probes)}
+        identity = {
+            "files": checkpoint.fingerprint,
+            "tokens": tokens.hexdigest(),
+            "probes": sorted(probes),
+            "shard": shard,
+        }
         # How the tokens are cut into batches and where they run decides about rounding.
         kept = CollectState(state, identity | {"batch_size": batch_size, "device": device, "dtype": dtype})
     return collect_streamed(
@@ -157,6 +177,7 @@ def collect_checkpoint(
         attention_mask,
         probes,
         batch_size=batch_size,
+        shard=shard,
         activation_memory=running.activation_memory,
         scratch=running.scratch,
         state=kept,
@@ -168,7 +189,13 @@ class _Observation:
     """The calibration tokens in micro-batches, and the probes that see them, a set for each layer."""
 
     def __init__(
-        self, shape: ModelShape, input_ids: Any, attention_mask: Any, probes: Sequence[str], batch_size: int
+        self,
+        shape: ModelShape,
+        input_ids: Any,
+        attention_mask: Any,
+        probes: Sequence[str],
+        batch_size: int,
+        shard: Shard,
     ) -> None:
         for name in probes:
             if name not in PROBES:
@@ -178,15 +205,21 @@ class _Observation:
         if attention_mask is not None:
             mask = torch.as_tensor(attention_mask).bool()
         self.shape = shape
+        every = tuple(mask.sum(1).tolist())
+        if 0 in every:
+            raise UserError(f"attention_mask: sequence {every.index(0)} has no unmasked token. Remove it.")
+        number, shards = shard
+        if shards > len(ids):
+            raise UserError(f"calibration.shards={shards}: there are {len(ids)} sequences. Use at most as many shards.")
+        start, stop = (len(ids) * edge // shards for edge in (number, number + 1))
+        ids, mask = ids[start:stop], mask[start:stop]
         self.sequences = len(ids)
-        self.sequence_tokens = tuple(mask.sum(1).tolist())
-        if 0 in self.sequence_tokens:
-            empty = self.sequence_tokens.index(0)
-            raise UserError(f"attention_mask: sequence {empty} has no unmasked token. Remove it.")
+        self.sequence_tokens = every[start:stop]
+        self._tokens = sum(every)
         parts = list(zip(torch.split(ids, batch_size), torch.split(mask, batch_size), strict=True))
         self.batches = [Batch.of(*part) for part in parts]
         self._rows = [part.flatten().nonzero()[:, 0] for _, part in parts]
-        self._first = np.cumsum([0, *map(len, self._rows)]).tolist()
+        self._first = np.cumsum([sum(every[:start]), *map(len, self._rows)]).tolist()
         self._names = [name for name in PROBES if name in probes]
         self._probes: dict[int, dict[str, Probe]] = {}
 
@@ -197,8 +230,7 @@ class _Observation:
     def consume(self, trace: BlockTrace) -> None:
         """Feed the probes of the trace's layer."""
         if trace.layer not in self._probes:
-            tokens = sum(self.sequence_tokens)
-            self._probes[trace.layer] = {name: PROBES[name](self.shape, tokens) for name in self._names}
+            self._probes[trace.layer] = {name: PROBES[name](self.shape, self._tokens) for name in self._names}
         probes = self._probes[trace.layer]
         _check_trace(trace, self.shape, probes)
         dense = any(probe.dense for probe in probes.values())

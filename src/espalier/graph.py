@@ -223,16 +223,17 @@ class _Builder:
         model, label = config["model"], _label(config, point)
         fetch = self.add(Node("fetch", self._fetch(model), label=str(model["id"])))
         weights, plan = fetch, None
+        shards = _shards(config["calibration"])
         steps = [config[key] for key in ("method", "then") if config[key]["name"] != "none"]
         for step in steps:
             method = methods.build(step)  # a bad key is told before anything runs
             tokens = self.add(Node("tokens", self._calibration(config["calibration"]), (fetch,), "calibration"))
-            probes = [self._probe(name, weights, tokens, model) for name in method.probes]
+            probes = [self._probe(name, weights, tokens, model, shards) for name in method.probes]
             plan = self.add(Node("plan", step, (weights, *probes), label))
             weights = self.add(Node("apply", {}, (weights, plan), label))
         if steps:
             tokens = self.add(Node("tokens", self._calibration(config["calibration"]), (fetch,), "calibration"))
-            self.usage.append(self._probe("usage", fetch, tokens, model))
+            self.usage.append(self._probe("usage", fetch, tokens, model, shards))
         return {
             "label": label,
             "method": config["method"]["name"],
@@ -249,13 +250,14 @@ class _Builder:
         return {"id": id, "revision": self._model_revision(id, model.get("revision"))}
 
     def _calibration(self, calibration: Config) -> Config:
+        calibration = {name: value for name, value in calibration.items() if name != "shards"}
         key = canonical(calibration)
         if key not in self._calibration_revision:
             self._calibration_revision[key] = sources.calibration_revision(calibration)
         return calibration | {"content": self._calibration_revision[key]}
 
-    def _probe(self, name: str, weights: str, tokens: str, model: Config) -> str:
-        config = {"probe": name, "dtype": model["dtype"]}
+    def _probe(self, name: str, weights: str, tokens: str, model: Config, shards: int) -> str:
+        config = {"probe": name, "dtype": model["dtype"], "_shards": shards}
         return self.add(Node("probe", config, (weights, tokens), name))
 
     def _task(self, task: Config, weights: str, label: str) -> str:
@@ -267,6 +269,14 @@ class _Builder:
         return [
             settings | {"task": task, "content": self._task_revision(task)} for task in config["evaluation"]["tasks"]
         ]
+
+
+def _shards(calibration: Config) -> int:
+    """Return the number of jobs that share a calibration; how many they are is no part of any identity."""
+    shards = calibration.get("shards", 1)
+    if not isinstance(shards, int) or isinstance(shards, bool) or shards < 1:
+        raise UserError(f"conf/calibration: shards={shards!r} is not a number of jobs. Use 1 or more.")
+    return shards
 
 
 def _label(config: Config, point: Point) -> str:
@@ -292,13 +302,14 @@ def save(experiment: Experiment, store: Store) -> dict[str, Any]:
     bundles: dict[tuple[str, ...], list[Node]] = {}
     for node in experiment.nodes:
         if node.stage in ("probe", "task") and not store.has_node(node.id):
-            bundles.setdefault((node.stage, *node.parents, str(node.config["dtype"])), []).append(node)
+            shards = str(node.config.get("_shards", 1))
+            bundles.setdefault((node.stage, *node.parents, str(node.config["dtype"]), shards), []).append(node)
     makers: dict[str, str] = {}
-    for (stage, *parents, dtype), members in bundles.items():
+    for (stage, *parents, dtype, shards), members in bundles.items():
         members.sort(key=lambda node: node.id)
         if stage == "probe":
             config = {"probes": [node.config["probe"] for node in members], "dtype": dtype}
-            maker = Node("collect", config, tuple(parents), f"{len(members)} probes")
+            maker = _collecting(config, tuple(parents), int(shards), store)
         else:
             config = {"tasks": [node.config for node in members], "dtype": dtype}
             maker = Node("score", config, tuple(parents), members[0].label.rsplit(":", 1)[0])
@@ -307,6 +318,20 @@ def save(experiment: Experiment, store: Store) -> dict[str, Any]:
     for node in experiment.nodes:
         store.write_node(replace(node, made_by=makers.get(node.id, "")))
     return store.read_node(experiment.target.id)
+
+
+def _collecting(config: Config, parents: tuple[str, ...], shards: int, store: Store) -> Node:
+    """Return the node that collects some probes; with shards it reduces what a job a shard collects."""
+    label = f"{len(config['probes'])} probes"
+    if shards == 1:
+        return Node("collect", config, parents, label)
+    parts = [
+        Node("collect", config | {"shard": [n, shards]}, parents, f"{label}, {n + 1} of {shards}")
+        for n in range(shards)
+    ]
+    for part in parts:
+        store.write_node(part)
+    return Node("reduce", config, tuple(part.id for part in parts), label)
 
 
 def save_run(experiment: Experiment, store: Store) -> str:

@@ -4,6 +4,7 @@ One instance observes one layer. All sums are float64; only tokens that the atte
 Shapes: T tokens, E experts, K chosen experts a token, D hidden.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -36,6 +37,11 @@ class Probe(Protocol):
     def update(self, trace: BlockTrace) -> None: ...
 
     def result(self) -> Arrays: ...
+
+    @staticmethod
+    def merge(parts: Sequence[Arrays], tokens: Sequence[int]) -> Arrays:
+        """Return the result over all tokens from those over consecutive parts of them, of `tokens` each."""
+        ...
 
 
 class Usage:
@@ -71,6 +77,10 @@ class Usage:
             "gate_sum": self.gate_sum,
             "probability_sum": self.probability_sum,
         }
+
+    @staticmethod
+    def merge(parts: Sequence[Arrays], tokens: Sequence[int]) -> Arrays:
+        return _added(parts)
 
 
 class OutputNorm:
@@ -111,6 +121,10 @@ class OutputNorm:
             "probability_norm_sum": self.probability_norm_sum,
         }
 
+    @staticmethod
+    def merge(parts: Sequence[Arrays], tokens: Sequence[int]) -> Arrays:
+        return _added(parts)
+
 
 class MeanOutput:
     """Mean unweighted output of each expert (HC-SMoE, arXiv 2410.08589).
@@ -146,6 +160,17 @@ class MeanOutput:
             "counts": self.counts,
         }
 
+    @staticmethod
+    def merge(parts: Sequence[Arrays], tokens: Sequence[int]) -> Arrays:
+        counts: NDArray[Any] = np.sum([part["counts"] for part in parts], axis=0)
+        everywhere = [part["all_tokens"] * number for part, number in zip(parts, tokens, strict=True)]
+        routed = np.sum([part["routed"] * part["counts"][:, None] for part in parts], axis=0)
+        return {
+            "all_tokens": np.sum(everywhere, axis=0) / sum(tokens),
+            "routed": routed / np.maximum(counts, 1)[:, None],
+            "counts": counts,
+        }
+
 
 class LogitGram:
     """Second moments of the router logits l, enough for every similarity between their columns (M-SMoE).
@@ -168,6 +193,10 @@ class LogitGram:
 
     def result(self) -> Arrays:
         return {"gram": self.gram, "sum": self.sum}
+
+    @staticmethod
+    def merge(parts: Sequence[Arrays], tokens: Sequence[int]) -> Arrays:
+        return _added(parts)
 
 
 class GateRatio:
@@ -201,6 +230,12 @@ class GateRatio:
         ratio = _numpy(torch.cat(self.ratio))
         quantiles = np.quantile(ratio.astype(np.float64), np.linspace(0, 1, 101))
         return {"ratio": ratio, "tail": _numpy(torch.cat(self.tail)), "quantiles": quantiles}
+
+    @staticmethod
+    def merge(parts: Sequence[Arrays], tokens: Sequence[int]) -> Arrays:
+        joined = _joined([{key: part[key] for key in ("ratio", "tail")} for part in parts])
+        quantiles = np.quantile(joined["ratio"].astype(np.float64), np.linspace(0, 1, 101))
+        return joined | {"quantiles": quantiles}
 
 
 class ResidualGram:
@@ -243,6 +278,10 @@ class ResidualGram:
     def result(self) -> Arrays:
         return {name: _numpy(torch.cat(parts)) for name, parts in self.parts.items()}
 
+    @staticmethod
+    def merge(parts: Sequence[Arrays], tokens: Sequence[int]) -> Arrays:
+        return _joined(parts)
+
 
 # In this order they see a trace: residual_gram after mean_output, whose outputs it can then share.
 PROBES: dict[str, type[Probe]] = {
@@ -253,6 +292,14 @@ PROBES: dict[str, type[Probe]] = {
     "gate_ratio": GateRatio,
     "residual_gram": ResidualGram,
 }
+
+
+def _added(parts: Sequence[Arrays]) -> Arrays:
+    return {key: np.sum([part[key] for part in parts], axis=0) for key in parts[0]}
+
+
+def _joined(parts: Sequence[Arrays]) -> Arrays:
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def _numpy(tensor: Tensor) -> NDArray[Any]:

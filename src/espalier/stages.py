@@ -68,9 +68,19 @@ def _collect(node: Document, store: Store, artefact: Path, record: Document) -> 
     )
     state = artefact.with_name(f".{artefact.stem}.partial")
     running = Running.of(runtime(store)["runtime"])
-    stats = collect_checkpoint(directory, config["dtype"], running, ids, mask, config["probes"], state=state)
+    shard = tuple(config.get("shard", (0, 1)))
+    stats = collect_checkpoint(
+        directory, config["dtype"], running, ids, mask, config["probes"], state=state, shard=shard
+    )
     stats.save(artefact, node=node["id"])
     shutil.rmtree(state, ignore_errors=True)
+
+
+def _reduce(node: Document, store: Store, artefact: Path, record: Document) -> None:
+    from espalier.reduce import reduce
+    from espalier.stats import Stats
+
+    reduce([Stats.load(store.path(parent)) for parent in node["parents"]]).save(artefact, node=node["id"])
 
 
 def _plan(node: Document, store: Store, artefact: Path, record: Document) -> None:
@@ -173,6 +183,7 @@ STAGES: dict[str, Callable[[Document, Store, Path, Document], None]] = {
     "fetch": _fetch,
     "tokens": _tokens,
     "collect": _collect,
+    "reduce": _reduce,
     "plan": _plan,
     "apply": _apply,
     "score": _score,

@@ -23,7 +23,7 @@ from espalier.errors import UserError, nearest
 from espalier.store import atomic_file, stable_header
 
 FORMAT = "espalier.tokens/1"
-KEYS = ("name", "source", "domains", "samples", "length", "seed", "draw", "path", "text")
+KEYS = ("name", "source", "domains", "samples", "length", "seed", "draw", "path", "text", "shards")
 HUB_KEYS = ("id", "revision", "file")
 TOKEN_FILES = (".safetensors", ".npz")
 DOCUMENTS_PER_SAMPLE = 16  # of `draw: documents`

@@ -45,6 +45,29 @@ rule collect:
         " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
 
 
+rule reduce:
+    input:
+        parents,
+    output:
+        f"{RESULTS}/reduced/{{id}}.safetensors",
+    log:
+        f"{RESULTS}/logs/reduce/{{id}}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    priority: 10 # everything waits for it
+    message:
+        "reduce {wildcards.id}: {params.label}"
+    params:
+        label=label,
+        results=results_folder,
+    shell:
+        "OMP_NUM_THREADS={threads} python -m espalier reduce {wildcards.id} --results {params.results}"
+        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+
+
 rule plan:
     input:
         parents,
