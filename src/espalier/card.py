@@ -52,12 +52,12 @@ def _loading(shipped_code: bool) -> str:
             "transformers with `AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)`: the\n"
             "directory carries its modelling code, `modeling_espalier.py`, which needs torch and transformers only.\n"
             "Without `trust_remote_code=True` the stock class refuses the tensors, or loads them and skips no expert.\n"
-            "vLLM and other servers do not know this layout."
+            "vLLM, SGLang and llama.cpp do not know this layout."
         )
     return (
         "Stock transformers, without trusting any code: the base model's own layout, tensor names and class, with\n"
-        "another number of experts in config.json where it changed. vLLM reads this standard layout too in\n"
-        "principle; it was not tried."
+        "another number of experts in config.json where it changed. vLLM, SGLang and llama.cpp read it wherever\n"
+        "they read the base model; that was not tried."
     )
 
 
