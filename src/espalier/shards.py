@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 5_000_000_000
+LARGE = 2**24  # bytes of a tensor after which freed memory is given back
 MOST_WORKERS = 4  # more do not write faster, and each holds a few tensors
 
 
@@ -145,6 +146,8 @@ def _write(path: Path, shard: list[OutputTensor], meter: _Meter, stop: threading
                         return
                     file.write(part)
                     meter.add(len(part))
+                if tensor.nbytes > LARGE:
+                    heap.trim()
             file.flush()
             # A resumed run trusts the name, so the bytes come first; network disks say only here that they are full.
             os.fsync(file.fileno())

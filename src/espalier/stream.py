@@ -60,6 +60,7 @@ class StreamedModel:
         prefetch: bool = True,
         prepare: Callable[[int, nn.Module], None] | None = None,
     ) -> None:
+        heap.bound_primitives()
         self.checkpoint = Checkpoint(directory)
         self.device = torch.device(device)
         self.prefetch = prefetch
