@@ -1,17 +1,37 @@
-"""Estimates: public parameter counts, sums written out by hand, and the files of real checkpoints."""
+"""Estimates: public parameter counts, models on the meta device, sums written out by hand, what jobs really wrote."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy
+import psutil
 import pytest
 import torch
 
-from espalier import conf, estimate, forecast, probes
+import tiny
+from espalier import conf, estimate, forecast, observe, parameters, perplexity, probes, sizes
+from espalier.apply import apply
+from espalier.collect import collect_checkpoint
 from espalier.errors import UserError
-from espalier.estimate import Hardware, Sizes
+from espalier.estimate import Cost
+from espalier.hardware import Hardware
+from espalier.job_requests import Requests
+from espalier.parameters import Count, Layer
 from espalier.probes import PROBES
+from espalier.running import Running
+from espalier.sizes import Sizes
+from example_plans import example_plan
 from tiny import save_tiny
 
 KNOWN = {  # billions, as their authors publish them
+    "deepseek_v3": 671,
+    "gpt_oss_120b": 116.8,
+    "kimi_k2": 1026,
     "mixtral_8x7b": 46.7,
     "mixtral_8x7b_instruct": 46.7,
     "qwen1_5_moe_a2_7b": 14.3,
@@ -20,78 +40,131 @@ KNOWN = {  # billions, as their authors publish them
     "olmoe_1b_7b": 6.9,
     "smollm2_135m": 0.1345,
 }
-ACTIVE = {"mixtral_8x7b": 12.9, "qwen1_5_moe_a2_7b": 2.7, "qwen3_30b_a3b": 3.3, "olmoe_1b_7b": 1.3}
+ACTIVE = {"mixtral_8x7b": 12.9, "qwen1_5_moe_a2_7b": 2.7, "qwen3_30b_a3b": 3.3, "olmoe_1b_7b": 1.3, "deepseek_v3": 37}
 
+# Two MoE layers of 8 experts and a dense one; embedding and head are 10 x 5 each.
+BLOCK = Layer(mixer=100, rest=40, attention=4, experts=8, expert=30, router_row=5)
+DENSE = Layer(mixer=100, rest=60, attention=4)
 SMALL = Sizes(
-    parameters=1000,
-    expert_parameters=30,
-    router_row_parameters=5,
-    moe_layers=2,
-    experts=8,
-    top_k=2,
+    count=Count((DENSE, BLOCK, BLOCK), embedding=50, head=50, norm=5, idle=7),
     hidden=5,
     width=2,
-    layers=3,
-    attention_width=4,
+    dense_width=4,
+    top_k=2,
+    heads=1,
     vocabulary=10,
-    tied=False,
-    bytes_per_parameter=2,
+    bytes_per_parameter=4,
 )
+HARDWARE = Hardware("test", cores=2, flops=100, memory=1e12, disk=10, startup=3)
+WHOLE = Running.of(device="cpu", stream="never", collect_batch_size=2, score_batch_size=2, apply_workers=2)
+STREAMED = replace(WHOLE, stream="always")
+
+
+def meta(config):
+    """The model that transformers builds, without memory, and its parameters with the routers' correction biases."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return model, numbers(model)
+
+
+def numbers(module):
+    biases = (buffer for name, buffer in module.named_buffers() if name.endswith("e_score_correction_bias"))
+    return sum(tensor.numel() for tensor in [*module.parameters(), *biases])
 
 
 @pytest.mark.parametrize("name", [name for name in conf.names("model") if name != "embedded_moe"])
 def test_facts_add_up_to_the_models_transformers_builds(name):
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     facts = conf.load("model", name)["_facts"]
     config = dict(facts["config"])
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
-    assert sum(parameter.numel() for parameter in model.parameters()) == facts["total_parameters"]
-    assert facts["total_parameters"] / 1e9 == pytest.approx(KNOWN[name], rel=0.005)
+    _, total = meta(AutoConfig.for_model(config.pop("model_type"), **config))
+    assert total == facts["total_parameters"] == parameters.count(facts["config"]).loaded
+    assert total / 1e9 == pytest.approx(KNOWN[name], rel=0.005)
+
+
+CHANGES = (
+    {},
+    {"attention_bias": True},
+    {"use_bias": True},
+    {"use_qk_norm": True},
+    {"tie_word_embeddings": True},
+    {"q_lora_rank": None},
+    {"mamba_proj_bias": True, "lm_head_bias": True},
+)
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.UNOBSERVED])
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_every_layer_counts_what_transformers_builds(family, changes):
+    config = tiny.tiny_config(family, **changes)
+    model, total = meta(config)
+    counted = parameters.count(config.to_dict())
+    assert counted.loaded == total
+    assert [layer.total for layer in counted.layers] == [numbers(layer) for layer in model.model.layers]
+
+
+def test_a_prediction_layer_lies_in_the_files_only():
+    """DeepSeek publishes 11.5 billion parameters beside copies of embedding and head, 685 billion in all."""
+    found = sizes.sizes_of("deepseek_v3")
+    copies = 2 * found.count.embedding
+    assert (found.count.idle - copies) / 1e9 == pytest.approx(11.6, rel=0.01)
+    assert found.parameters / 1e9 == pytest.approx(685, rel=0.001)
+    assert found.disk_bytes == 2 * (found.loaded + found.count.idle)
+
+
+def test_a_directory_needs_no_weights(tmp_path):
+    save_tiny("qwen3_moe", tmp_path)
+    whole = sizes.sizes_of(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    assert sizes.sizes_of(str(tmp_path)) == whole
 
 
 @pytest.mark.parametrize("name", ACTIVE)
 def test_active_parameters_are_the_published_ones(name):
-    assert estimate.sizes_of(name).active / 1e9 == pytest.approx(ACTIVE[name], rel=0.05)
+    assert sizes.sizes_of(name).active / 1e9 == pytest.approx(ACTIVE[name], rel=0.05)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_are_those_of_the_files(family, dtype, tmp_path):
     save_tiny(family, tmp_path, dtype)
-    sizes = estimate.sizes_of(str(tmp_path))
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
+    found = sizes.sizes_of(str(tmp_path))
     shard = (tmp_path / "model.safetensors").stat().st_size
-    assert 0 < shard - sizes.disk_bytes < 16384  # the header
-    assert (sizes.layers, sizes.experts, sizes.top_k, sizes.vocabulary) == (3, 8, 2, 96)
-    assert sizes.moe_layers == (3 if family == "mixtral" else 2)
-    assert sizes.expert_parameters == 3 * 32 * 24
+    assert 0 < shard - found.disk_bytes < 16384  # the header
+    assert (found.experts, found.top_k, found.vocabulary) == (8, 2, 96)
+    assert len(found.moe) == 3 - len(tiny.DENSE_LAYERS.get(family, ()))
+    assert found.width == 24
 
 
-def test_a_dense_model_has_sizes(tmp_path):
-    sizes = estimate.sizes_of("smollm2_135m")
-    assert (sizes.experts, sizes.active, sizes.tied) == (0, 134515008, True)
+def test_a_dense_model_has_sizes():
+    found = sizes.sizes_of("smollm2_135m")
+    assert (found.experts, found.active, found.count.head) == (0, 134515008, 0)
     # All but the embedding is multiplied, and the embedding as the head.
-    assert estimate.forward_flops(sizes, 1, 0) == 2 * 134515008
-    assert estimate.forward_flops(sizes, 1, 0, head=False) == 2 * (134515008 - 49152 * 576)
+    assert estimate.forward_flops(found, 1, 0) == 2 * 134515008
+    assert estimate.forward_flops(found, 1, 0, head=False) == 2 * (134515008 - 49152 * 576)
 
 
 def test_flops_by_hand():
-    # active = 1000 - 2 layers x 6 idle experts x 30 = 640; embedding and head are 10 x 5 each
-    assert SMALL.active == 640
-    assert estimate.forward_flops(SMALL, 7, 16) == 7 * (2 * (640 - 50) + 2 * 3 * 4 * 16)
-    plain = 7 * (2 * (640 - 100) + 2 * 3 * 4 * 16)
+    # loaded: 50 + 50 + 5, 160 dense, 2 x (140 + 240); 6 of 8 experts idle in 2 layers
+    assert SMALL.loaded == 1025
+    assert SMALL.active == 1025 - 2 * 6 * 30
+    assert estimate.forward_flops(SMALL, 7, 16) == 7 * (2 * (665 - 50) + 2 * 3 * 4 * 16)
+    plain = 7 * (2 * (665 - 100) + 2 * 3 * 4 * 16)
     assert estimate.collect_flops(SMALL, 7, 16, {"usage"}) == plain
     dense = plain + 7 * 2 * 2 * 6 * 30
     assert estimate.collect_flops(SMALL, 7, 16, {"usage", "mean_output"}) == dense
     assert estimate.collect_flops(SMALL, 7, 16, {"residual_gram"}) == dense + 7 * 2 * 2 * 64 * 5
-    many = replace(SMALL, experts=32)  # more than 16 experts: Gram matrices of at most 16,384 tokens
-    plain = estimate.collect_flops(many, 20000, 16, set())
-    assert estimate.collect_flops(many, 20000, 16, {"residual_gram"}) == plain + 16384 * 2 * 2 * (30 * 30 + 32 * 32 * 5)
+
+
+def test_gram_matrices_of_many_experts_are_of_a_stride_of_tokens():
+    many = replace(SMALL, count=replace(SMALL.count, layers=(replace(BLOCK, experts=32),)))
+    shape = type("Shape", (), {"experts": 32})
+    for tokens in (100, 16384, 20000, 100000):
+        stride = probes.ResidualGram(shape, tokens).stride
+        assert estimate.gram_tokens(many, tokens) == len(range(0, tokens, stride))
 
 
 def test_forward_flops_agree_with_torchs_own_count(tmp_path):
@@ -101,56 +174,164 @@ def test_forward_flops_agree_with_torchs_own_count(tmp_path):
 
     save_tiny("mixtral", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager", attn_implementation="eager")
-    length, sizes = 8, estimate.sizes_of(str(tmp_path))
+    length, found = 8, sizes.sizes_of(str(tmp_path))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(3, 3 + length)[None])
-    norms = 2 * length * (2 * sizes.layers + 1) * sizes.hidden  # parameters that are not matrices
-    attention = length * 2 * sizes.layers * sizes.attention_width * length
-    ours = estimate.forward_flops(sizes, length, length) - norms + attention
+    norms = 2 * length * 7 * 32  # parameters that are not matrices
+    attention = length * 2 * 3 * 32 * length
+    ours = estimate.forward_flops(found, length, length) - norms + attention
     assert counter.get_total_flops() == pytest.approx(ours, rel=0.01)
 
 
 def test_memory_by_hand():
-    # one layer at a time: 4 bytes x 6 tokens x (8 x 5 + 2 x (3 x 2 + 2 x 5)), router logits 4 x 6 x 8
-    activations = 4 * 6 * (40 + 32) + 4 * 6 * 8
-    assert estimate.collect_memory(SMALL, 12, 2, 3, "float32", {"usage"}) == 4e8 + 4 * 1000 + activations
-    assert estimate.score_memory(SMALL, 2, 3, "float32") == 4e8 + 4 * 1000 + activations + 8 * 6 * 10
-    dense = estimate.collect_memory(SMALL, 12, 2, 3, "float32", {"mean_output"})
-    assert dense == 4e8 + 4 * 1000 + activations + 16 * 6 * 8 * 5
-    # 12 tokens in 2 layers: 36 entries of the triangle, 8 inner products, 8 logits, one norm, one index
-    gram = estimate.collect_memory(SMALL, 12, 2, 3, "float32", {"residual_gram"})
-    assert gram == dense + 2 * 12 * (4 * (36 + 8 + 8 + 1) + 8)
+    process = estimate.PROCESS["collect"]
+    # 6 tokens in one layer: 4 bytes x (8 x 5 + 2 x (3 x 2 + 4 x 5)), router logits 4 x 8
+    working = 4 * 6 * (40 + 52) + 4 * 6 * 8
+    kept = 2 * 32 * 8
+    whole = estimate.collect_cost(SMALL, 12, 3, {"usage"}, "float32", WHOLE, HARDWARE)
+    assert whole.memory == process + 1.5 * kept + 4 * 1025 + working
+    assert (whole.read, whole.written, whole.kept, whole.streamed) == (4 * 1032, kept, kept, False)
+    # all experts: 6 x 8 x 5 numbers, in float32 and one and a quarter times in float64
+    dense = estimate.collect_cost(SMALL, 12, 3, {"mean_output"}, "float32", WHOLE, HARDWARE)
+    assert dense.memory - 1.5 * dense.kept - (whole.memory - 1.5 * kept) == 240 * (4 + 10)
+    assert dense.kept == 2 * (16 * 8 * 5 + 64)
+
+    streamed = estimate.collect_cost(SMALL, 12, 3, {"usage"}, "float32", STREAMED, HARDWARE)
+    # two layers' mixers, a dense and two MoE blocks' feed-forward parts, the embedding, the norm; 12 x 5 activations
+    room = 4 * (2 * 100 + 60 + 2 * 280 + 50 + 5)
+    assert streamed.memory == process + 1.5 * kept + room + working + 4 * 60
+    assert streamed.written == 2 * kept + 3 * 4 * 60  # results twice, the activations after each of three layers
+    small = replace(STREAMED, activation_memory=100)
+    scratch = estimate.collect_cost(SMALL, 12, 3, {"usage"}, "float32", small, HARDWARE)
+    assert streamed.memory - scratch.memory == scratch.disk - streamed.disk == 4 * 60
+
+
+def test_a_gpu_holds_what_computes():
+    gpu = replace(HARDWARE, gpu_flops=1e4, gpu_memory=2e9)
+    auto = replace(STREAMED, device="auto")
+    there = estimate.collect_cost(SMALL, 12, 3, {"usage"}, "float32", auto, gpu)
+    here = estimate.collect_cost(SMALL, 12, 3, {"usage"}, "float32", STREAMED, HARDWARE)
+    assert there.gpu
+    assert not here.gpu
+    assert there.gpu_memory > estimate.CUDA_BYTES
+    assert there.seconds(gpu) < here.seconds(HARDWARE)
+    assert estimate.streams(SMALL, "float32", replace(auto, stream="auto"), replace(gpu, gpu_memory=1.4e9))
+    assert not estimate.streams(SMALL, "float32", replace(auto, stream="auto"), gpu)
+
+
+def test_slots_are_what_streaming_holds(tmp_path):
+    """Bytes that the reader allocates for layers, over all of them, and never gives back meanwhile."""
+    from espalier.stream import Batch, StreamedModel
+
+    for family in ("mixtral", "deepseek_v3", "jamba"):
+        save_tiny(family, tmp_path / family)
+        model = StreamedModel(tmp_path / family)
+        own, read = {}, model._read_layer
+
+        def watched(index, read=read, own=own):
+            tensors = read(index)
+            own.update({tensor.data_ptr(): tensor.numel() for tensor in tensors.values()})
+            return tensors
+
+        model._read_layer = watched
+        batches = [Batch(torch.arange(3, 9)[None])]
+        with torch.no_grad():
+            for turn in model.turns(batches, model.activations(batches)):
+                turn.run(0)
+        found = sizes.sizes_of(str(tmp_path / family))
+        assert sum(own.values()) == pytest.approx(found.slots(), rel=0.05), family
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_statistics_have_the_bytes_that_were_said(family, tmp_path):
+    save_tiny(family, tmp_path)
+    ids = numpy.random.default_rng(0).integers(3, 90, (4, 16))
+    names = tuple(PROBES)
+    stats = collect_checkpoint(tmp_path, "float32", WHOLE, ids, None, names)
+    stored = sum(array.nbytes for arrays in stats.arrays.values() for array in arrays.values())
+    assert estimate.statistics_bytes(sizes.sizes_of(str(tmp_path)), 64, set(names)) == stored
+
+
+@pytest.mark.parametrize("kind", ["keep", "slice"])
+def test_a_checkpoint_has_the_bytes_that_were_said(kind, tmp_path):
+    save_tiny("mixtral", tmp_path / "source")
+    plan = example_plan("mixtral", kind)
+    apply(tmp_path / "source", plan, tmp_path / "out", prove=False)
+    before, after = (sizes.sizes_of(str(tmp_path / name)) for name in ("source", "out"))
+    cost = estimate.apply_cost(before, before.without(8 - after.experts), False, WHOLE, HARDWARE)
+    assert cost.written == after.disk_bytes
+    # Pruning reads what it keeps, merging everything; the proof both.
+    assert cost.read == before.disk_bytes + 2 * after.disk_bytes
+    assert estimate.apply_cost(before, after, True, WHOLE, HARDWARE).read == 2 * before.disk_bytes + after.disk_bytes
+
+
+def test_a_proof_that_does_not_fit_is_streamed_then_left_out():
+    whole = estimate.apply_cost(SMALL, SMALL, False, WHOLE, HARDWARE)
+    assert whole.memory == estimate.PROCESS["proof"] + 4 * 1025
+    less = estimate.apply_cost(SMALL, SMALL, False, WHOLE, replace(HARDWARE, memory=4.8e8))
+    assert less.memory == estimate.PROCESS["proof"] + 4 * (3 * 380 + 105)
+    none = estimate.apply_cost(SMALL, SMALL, False, WHOLE, replace(HARDWARE, memory=4e8))
+    assert none.read == SMALL.disk_bytes
 
 
 def test_removed_experts_leave_disk_and_rows():
     half = SMALL.without(4)
-    assert half.parameters == 1000 - 2 * 4 * 35
+    assert half.parameters == 1032 - 2 * 4 * 35
     assert half.experts == 4
-    assert SMALL.without(4, rows=False).parameters == 1000 - 2 * 4 * 30
-    assert half.disk_bytes == 2 * half.parameters
+    assert SMALL.without(4, rows=False).parameters == 1032 - 2 * 4 * 30
+    assert half.disk_bytes == 4 * half.parameters
 
 
 def test_seconds():
-    hardware = Hardware(flops=100, disk=10, startup=3)
-    assert hardware.seconds(80, 50) == 80 / 40 + 50 / 10 + 3
-    assert Hardware.measured().flops > 1e8
+    assert HARDWARE.seconds(80, 50) == 80 / 40 + 50 / 10 + 3
+    assert HARDWARE.seconds(80, 50, threads=1) == 80 / 20 + 50 / 10 + 3
+    gpu = replace(HARDWARE, gpu_flops=1000, gpu_memory=1)
+    assert gpu.seconds(80, 50, gpu=True) == 80 / 400 + 50 / 10 + 3
 
 
-def test_constants_are_those_of_the_probes():
+@pytest.mark.parametrize("name", conf.names("hardware"))
+def test_every_machine_has_numbers(name):
+    found = Hardware.load(name)
+    assert found.name == name
+    assert found.flops > 1e9
+    assert found.memory > 1e8
+    assert (found.gpu_memory is None) or found.gpu_flops > found.flops
+
+
+def test_this_machine_is_measured_and_its_folder_left_as_it_was(tmp_path):
+    found = Hardware.load("here").measured(tmp_path / "results")
+    assert found.flops > 1e8
+    assert found.disk > 1e6
+    assert list(tmp_path.iterdir()) == []
+    assert found.memory <= psutil.virtual_memory().total
+    assert found.cores == len(os.sched_getaffinity(0))
+
+
+def test_a_machines_mistakes_are_told(tmp_path, monkeypatch):
+    experiment(tmp_path, monkeypatch, "method: none")
+    (tmp_path / "conf/hardware/mine.yaml").write_text("name: mine\nflopz: 1\n")
+    with pytest.raises(UserError, match="unknown key 'flopz'"):
+        Hardware.load("mine")
+    (tmp_path / "conf/hardware/mine.yaml").write_text("name: mine\nflops: fast\n")
+    with pytest.raises(UserError, match="flops='fast' is no number"):
+        Hardware.load("mine")
+
+
+def test_constants_are_those_of_the_code():
     dense = {name for name, probe in PROBES.items() if probe.dense}
-    assert dense | {"residual_gram"} == estimate.DENSE_PROBES
+    assert dense | {"residual_gram"} == estimate.DENSE_PROBES == set(estimate.FLOAT64_COPIES)
     assert estimate.GRAM_ALL_TOKENS_EXPERTS == probes.GRAM_ALL_TOKENS_EXPERTS
     assert estimate.GRAM_TOKENS == probes.GRAM_TOKENS
+    assert estimate.CHUNK_BYTES == observe.CHUNK_BYTES
+    assert estimate.CPU_TOKENS == perplexity.CPU_TOKENS
 
 
 def test_unknown_sizes_are_told():
     with pytest.raises(UserError, match="sizes are not known without its files"):
-        estimate.sizes_of("org/name")
+        sizes.sizes_of("org/name")
 
 
 def experiment(tmp_path, monkeypatch, *sweep):
-    import shutil
-
     shutil.copytree(conf.directory(), tmp_path / "conf")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf/experiment/mine.yaml").write_text(
@@ -162,14 +343,14 @@ def experiment(tmp_path, monkeypatch, *sweep):
 
 def test_a_forecast_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     experiment(tmp_path, monkeypatch, "method: none", "{method: [reap, hc_smoe], method.ratio: [0.25, 0.5]}")
-    hardware = Hardware(flops=1e12)
+    hardware = replace(HARDWARE, flops=1e12, disk=1e9)
     before = sorted(tmp_path.rglob("*"))
     found = forecast.forecast("mine", [], tmp_path / "results", hardware)
     assert sorted(tmp_path.rglob("*")) == before
     assert {name: row.jobs for name, row in found.stages.items()} == {
         "fetch": 1, "tokens": 1, "collect": 1, "plan": 4, "apply": 4, "score": 5, "table": 1, "report": 1,
     }  # fmt: skip
-    mixtral = estimate.sizes_of("mixtral_8x7b")
+    mixtral = sizes.sizes_of("mixtral_8x7b")
     collect = found.stages["collect"].cost
     asked = {"output_norm", "mean_output", "usage"}
     assert collect.flops == estimate.collect_flops(mixtral, 32 * 2048, 2048, asked)
@@ -181,7 +362,7 @@ def test_a_forecast_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     assert found.stages["apply"].cost.written == written
     assert found.stages["score"].cost.flops > 0
     assert any("unheard_of" in line for line in found.unknown)
-    assert found.total.seconds == pytest.approx(sum(row.cost.seconds for row in found.stages.values()))
+    assert found.seconds == pytest.approx(sum(row.seconds for row in found.stages.values()))
 
 
 def test_a_forecast_leaves_out_what_is_done(tmp_path, monkeypatch):
@@ -197,6 +378,84 @@ def test_a_forecast_leaves_out_what_is_done(tmp_path, monkeypatch):
             path = store.path(node.id)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    found = forecast.forecast("mine", [], tmp_path / "results", Hardware(flops=1e12))
+    found = forecast.forecast("mine", [], tmp_path / "results", replace(HARDWARE, flops=1e12))
     assert [found.stages[name].done for name in ("fetch", "tokens", "collect", "plan")] == [1, 1, 1, 0]
     assert found.stages["collect"].cost.flops == 0
+
+
+def test_shards_share_the_tokens_and_the_reduce_rule_is_counted(tmp_path, monkeypatch):
+    experiment(tmp_path, monkeypatch, "{method: reap, method.ratio: 0.25}")
+    one, four = (
+        forecast.forecast("mine", [f"calibration.shards={n}"], tmp_path / "results", HARDWARE).stages for n in (1, 4)
+    )
+    assert (one["collect"].jobs, four["collect"].jobs, four["reduce"].jobs) == (1, 4, 1)
+    assert four["collect"].cost.flops == one["collect"].cost.flops
+    assert four["collect"].cost.read == 4 * one["collect"].cost.read
+
+
+def test_jobs_ask_for_what_their_model_needs(tmp_path, monkeypatch):
+    from espalier import graph
+    from espalier.store import Store
+
+    experiment(tmp_path, monkeypatch, "{model: [olmoe_1b_7b, mixtral_8x7b], method: reap, method.ratio: 0.25}")
+    store = Store(tmp_path / "results", dry=True)
+    planned = graph.expand("mine", [], store)
+    graph.save(planned, store)
+    makers = {store.read_node(node.id)["made_by"] or node.id for node in planned.nodes}
+    collects = sorted(
+        (node for node in map(store.read_node, makers) if node["stage"] == "collect"),
+        key=lambda node: Path(str(store.parent(node, "fetch")["config"]["id"])).name,
+    )
+    server = Requests(store, Hardware.load("cpu_server"), planned.run["runtime"])
+    mixtral, olmoe = (server.of(node["id"]) for node in collects)
+    for key in ("mem_mb", "runtime"):
+        assert mixtral[key] > 2 * olmoe[key]
+    assert mixtral["gpu"] == 0
+    assert mixtral["mem_mb"] > 93413  # the weights
+    assert server.of(collects[0]["id"], attempt=2)["mem_mb"] == 2 * mixtral["mem_mb"]
+    assert server.of(collects[0]["id"], threads=16)["runtime"] < mixtral["runtime"] / 4
+    with_gpu = Requests(store, Hardware.load("h100"), planned.run["runtime"])
+    assert with_gpu.of(collects[0]["id"])["gpu"] == 1
+    assert with_gpu.of(collects[0]["id"])["runtime"] < mixtral["runtime"]
+    no_gpu = Requests(store, Hardware.load("h100"), planned.run["runtime"] | {"device": "cpu"})
+    assert no_gpu.of(collects[0]["id"])["gpu"] == 0
+
+
+def test_costs_add_up():
+    parts = [
+        Cost(flops=1, read=2, written=3, kept=4, disk=9, memory=5),
+        Cost(flops=1, read=2, written=3, kept=4, disk=7, memory=6),
+    ]
+    assert forecast.total(parts) == Cost(flops=2, read=4, written=6, kept=8, disk=13, memory=6)
+
+
+def test_a_dry_run_prints_what_each_job_asks_for(tmp_path, monkeypatch):
+    experiment(tmp_path, monkeypatch, "{model: [olmoe_1b_7b, mixtral_8x7b], method: reap, method.ratio: 0.25}")
+    root = Path(__file__).resolve().parents[1]
+    shutil.copytree(root / "workflow", tmp_path / "workflow")
+    for name in ("Snakefile", "environment.yml"):
+        shutil.copy(root / name, tmp_path)
+    command = [sys.executable, "-m", "espalier", "run", "mine", "--dry-run", "--profile", "slurm"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = re.findall(r"^Job \d+: (collect|apply|score) .*\((\d+) MB, (\d+) min\)$", run.stdout + run.stderr, re.M)
+    for stage in ("collect", "apply", "score"):
+        (least, fast), (most, slow) = sorted((int(mb), int(minutes)) for name, mb, minutes in found if name == stage)
+        if stage == "apply":  # the smaller model's proof is loaded whole, the larger one's layer by layer
+            assert (least, fast) != (most, slow)
+        else:
+            assert most > 2 * least, stage
+            assert slow > fast, stage
+    assert dict.fromkeys(name for name, *_ in found).keys() == {"collect", "apply", "score"}
+
+
+def test_a_machine_that_is_too_small_is_told(capsys):
+    from espalier import forecast_text
+
+    machine = Hardware.load("h100")
+    forecast_text.render_model("kimi_k2", machine, Running.of(), 262144, 2048)
+    assert re.search(
+        r"too large for h100: calibration needs 8\d\.\d of\s80\.0\sGB of GPU\smemory", capsys.readouterr().out
+    )
+    forecast_text.render_model("mixtral_8x7b", machine, Running.of(), 262144, 2048)
+    assert "too large" not in capsys.readouterr().out

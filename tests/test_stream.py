@@ -90,6 +90,16 @@ def test_moe_logits_are_those_of_the_loaded_model(name, dtype, tied, tmp_path):
             assert torch.equal(found, expected)
 
 
+def test_files_of_another_dtype_in_inference_mode(tmp_path):
+    save_tiny("mixtral", tmp_path, torch.bfloat16, num_hidden_layers=6)
+    parts = batches(*tokens())
+    whole = plain_logits(runtime.load(tmp_path, torch.float32), parts)
+    with torch.inference_mode():
+        found = streamed_logits(tmp_path, torch.float32, parts)
+    for logits, expected in zip(found, whole, strict=True):
+        assert torch.equal(logits, expected)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_logits_are_those_of_the_loaded_model(name, tied, tmp_path):

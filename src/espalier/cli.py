@@ -199,26 +199,32 @@ def estimate(
     name: Annotated[str, typer.Argument(help="An experiment, a model of conf/model, or a model directory.")],
     overrides: Overrides = None,
     *,
-    flops: Annotated[
-        float | None, typer.Option("--flops", help="FLOP/s of a large matrix product. [default: measured]")
-    ] = None,
-    disk: Annotated[float, typer.Option("--disk", help="Bytes per second of the disk.")] = 5e8,
-    startup: Annotated[float, typer.Option("--startup", help="Seconds until a job works.")] = 10.0,
+    hardware: Annotated[str, typer.Option("--hardware", help="A name of conf/hardware; `here` is measured.")] = "here",
+    flops: Annotated[float | None, typer.Option("--flops", help="Another FLOP/s of a large matrix product.")] = None,
+    disk: Annotated[float | None, typer.Option("--disk", help="Other bytes per second of the disk.")] = None,
+    startup: Annotated[float | None, typer.Option("--startup", help="Other seconds until a job works.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Calibration tokens of a model's estimate.")] = 65536,
     length: Annotated[int, typer.Option("--length", help="Tokens of one of its sequences.")] = 2048,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Its sequences a forward pass.")] = 8,
     results: Results = Path("results"),
 ) -> None:
-    """Estimate bytes, FLOPs, peak memory, disk and time before anything runs."""
-    from espalier import conf, forecast
-    from espalier.estimate import Hardware
+    """Compute bytes, FLOPs, peak memory, disk and time of each stage before anything runs, from config.json alone."""
+    import dataclasses
 
-    measured = Hardware.measured() if flops is None else Hardware(flops)
-    hardware = Hardware(measured.flops, disk, startup)
+    from espalier import conf, forecast, forecast_text
+    from espalier.hardware import HERE, Hardware
+    from espalier.running import Running
+
+    machine = Hardware.load(hardware)
+    if hardware == HERE and (flops is None or disk is None):
+        machine = machine.measured(results)
+    said: dict[str, Any] = {"flops": flops, "gpu_flops": flops, "disk": disk, "startup": startup}
+    machine = dataclasses.replace(machine, **{key: value for key, value in said.items() if value is not None})
     if name in conf.names("experiment"):
-        forecast.render(forecast.forecast(name, overrides or [], results, hardware), hardware)
+        forecast_text.render(forecast.forecast(name, overrides or [], results, machine), machine)
     else:
-        forecast.render_model(name, hardware, tokens, length, batch_size)
+        running = Running.of(collect_batch_size=batch_size, **_settings(overrides or []))
+        forecast_text.render_model(name, machine, running, tokens, length)
 
 
 @app.command(rich_help_panel=LOOK)

@@ -1,219 +1,210 @@
-"""Estimate what a model costs to calibrate, compress and score, from its sizes alone; imports no torch.
+"""What each stage costs a model of given sizes: FLOPs, bytes read and written, memory, disk; imports no torch.
 
-Legend: T tokens, L sequence length, E experts, K chosen, D hidden, V vocabulary, A attention width (heads x head
-size), N decoder layers, M MoE layers, P parameters, p parameters of one expert, b bytes per parameter.
+Legend: T tokens, t of one forward pass, L sequence length, E experts, K chosen, D hidden, F expert width, V vocabulary,
+A attention width, P parameters, p of one expert, b bytes a parameter in the files, c in the dtype computed in.
 
-    FLOPs of a forward pass    T (2 P_used + 2 N A L)   causal attention: L/2 keys a token, scores and sum
-      P_used, with the head    P - M (E - K) p - V D    the input embedding is looked up; a tied one is the head too
-      P_used, collecting       the same - V D           `collect` stops before the output head
-    all experts on T' tokens   2 T' M (E - K) p         on top, for `mean_output` (T' = T) and `residual_gram`
-    Gram matrices              2 T' M E^2 D             on top, for `residual_gram`: T' = T if E <= 16, else <= 16,384
-    checkpoint on disk         b P; b (P - M r (p + D)) after removing r experts a layer with their router rows
-    memory of a forward pass   b' P + activations + 0.4 GB, b' of the dtype it runs in: the whole model is in memory
-      activations              b' B L (8 D + K (3 F + 2 D)) + 4 B L E, one layer at a time; scoring adds 8 B L V
-      all experts' outputs     2 x 8 min(B L E D, 2^26): their float64 copies are made in chunks
-      kept by residual_gram    M T' (4 (E (E + 1) / 2 + 2 E + 1) + 8)
-    memory of apply's proof    4 P + 0.4 GB
-    seconds                    FLOPs / (FLOP/s x 0.4) + bytes / (bytes/s) + start-up of each job
+    FLOPs of a forward pass    T (2 P_used + 2 L sum A)     causal attention: L/2 keys a token, scores and sum
+      P_used, with the head    what a token uses - V D      the input embedding is looked up; a tied one is the head too
+      P_used, collecting       the same - V D               `collect` stops before the output head
+    all experts on T' tokens   2 T' sum (E - K) p           on top, for `mean_output` (T' = T) and `residual_gram`
+    Gram matrices              2 T' sum E^2 D               for `residual_gram`: T' = T if E <= 16, else <= 16,384
+    memory of a model          c P whole; c (two neighbouring layers + V D) streamed, with c T D of activations
+      of a forward pass        c t (8 D + K (3 F + 4 D)) + 4 t E; attention without a kernel of its own 3 c t L H
+      of all experts' outputs  (c + 8 n) E D t', t' of so many tokens that 8 E D t' <= 2^29; n float64 copies
+      of logits, scoring       t V c + 8 L V; t V (c + 4) of choices, whole
+    memory of apply            two of the largest tensors; a thread that merges, (16 + 4 b) D F
+      of its proof             4 P, or 4 (3 layers + outside) streamed
 """
 
-import time
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from espalier import sources
-from espalier.checkpoint import Checkpoint
-from espalier.errors import UserError
-from espalier.families import family_of, names
+from espalier.hardware import Hardware
+from espalier.running import WORKING_BYTES, Running
+from espalier.sizes import DTYPE_BYTES, Sizes, sizes_of_directory
 
 DENSE_PROBES = frozenset({"mean_output", "residual_gram"})  # those that need every expert's output
 GRAM_ALL_TOKENS_EXPERTS, GRAM_TOKENS = 16, 16384  # residual_gram: all tokens up to so many experts, else so many
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PROCESS_BYTES = 4e8  # of a Python process with torch and transformers
-EFFICIENCY = 0.4  # of a large matrix product's FLOP/s, that a forward pass reaches
-CHUNK_NUMBERS = 2**26
+CHUNK_BYTES = 2**29  # of all experts' outputs in float64, that a probe sees at once
+CPU_TOKENS = 2304  # of one batch of perplexity windows on a processor
+CHOICE_LENGTH = 128  # tokens of a long choice with its context
+GUARD_BYTES = 5e8  # beside a model, in apply's rule for its proof
+# Of a process with its libraries, measured on this package's own model; and what CUDA adds, an assumption.
+PROCESS = {"tokens": 3e8, "collect": 5.1e8, "plan": 1.2e8, "apply": 2.6e8, "proof": 4.7e8, "score": 6.2e8}
+CUDA_HOST_BYTES, CUDA_BYTES = 2e9, 6e8
+FLOAT64_COPIES = {"mean_output": 1.25, "residual_gram": 2.5}
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The sizes of one model that the formulas need; a dense model has `experts=0`."""
+class Cost:
+    """FLOPs; bytes read and written, `kept` as the artefact and on `disk` at the most; peak bytes of memory."""
 
-    parameters: int
-    expert_parameters: int
-    router_row_parameters: int
-    moe_layers: int
-    experts: int
-    top_k: int
-    hidden: int
-    width: int
-    layers: int
-    attention_width: int
-    vocabulary: int
-    tied: bool  # whether the output head is the embedding, and `parameters` holds it once
-    bytes_per_parameter: float
+    flops: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
+    kept: float = 0.0
+    disk: float = 0.0
+    memory: float = 0.0
+    gpu_memory: float = 0.0
+    gpu: bool = False
+    streamed: bool = False
 
-    @property
-    def active(self) -> int:
-        """Parameters that one token uses."""
-        return self.parameters - self.moe_layers * (self.experts - self.top_k) * self.expert_parameters
-
-    @property
-    def disk_bytes(self) -> float:
-        return self.bytes_per_parameter * self.parameters
-
-    def without(self, removed: int, rows: bool = True) -> "Sizes":
-        """Sizes after removing `removed` experts (and their router rows) from each MoE layer."""
-        each = self.expert_parameters + (self.router_row_parameters if rows else 0)
-        return replace(
-            self,
-            parameters=self.parameters - self.moe_layers * removed * each,
-            experts=self.experts - removed,
-            top_k=min(self.top_k, self.experts - removed),
-        )
+    def seconds(self, hardware: Hardware, threads: int | None = None) -> float:
+        return hardware.seconds(self.flops, self.read + self.written, gpu=self.gpu, threads=threads)
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """What the seconds are computed with: FLOP/s of a large matrix product, bytes/s of the disk, seconds a job."""
-
-    flops: float
-    disk: float = 5e8
-    startup: float = 10.0
-
-    @classmethod
-    def measured(cls) -> "Hardware":
-        """This machine's processor, by one matrix product; the disk's default is that of a common SSD."""
-        import numpy as np
-
-        n, best = 1024, float("inf")
-        a = np.ones((n, n), dtype=np.float32)
-        for _ in range(5):  # the fastest: others may be using the machine
-            start = time.perf_counter()
-            a @ a
-            best = min(best, time.perf_counter() - start)
-        return cls(flops=2 * n**3 / best)
-
-    def seconds(self, flops: float, moved: float) -> float:
-        return flops / (EFFICIENCY * self.flops) + moved / self.disk + self.startup
-
-
-def sizes_of(name: str) -> Sizes:
-    """Return the sizes of a model: of its files where they are here, else of `_facts` in conf/model/NAME.yaml.
-
-    UserError when neither is there.
-    """
-    config = sources.model_config(name)
-    id = str(config["id"])
-    if sources.is_local(id):
-        return sizes_of_directory(Path(id).expanduser())
-    if id == sources.EMBEDDED:
-        return sizes_of_directory(sources.resolve(id, None, Path("results")))
-    facts = config.get("_facts")
-    if facts is None:
-        raise UserError(
-            f"{name}: its sizes are not known without its files. Give it a file in conf/model with `_facts`, "
-            "or name a local directory."
-        )
-    return sizes_of_config(facts["config"], facts["total_parameters"], facts["bytes_per_parameter"])
-
-
-def sizes_of_directory(directory: Path) -> Sizes:
-    """Return the sizes of a checkpoint on disk, from config.json and the headers of its shards."""
-    checkpoint = Checkpoint(directory)
-    stored = sum(entry.nbytes for entry in checkpoint.entries.values())
-    parameters = checkpoint.parameters
-    sizes = sizes_of_config(checkpoint.config, parameters, stored / parameters)
-    if sizes.experts:
-        shape = checkpoint.shape()
-        sizes = replace(sizes, experts=shape.experts, expert_parameters=shape.expert_parameters, width=shape.width)
-    return sizes
-
-
-def sizes_of_config(config: dict[str, Any], parameters: int, bytes_per_parameter: float) -> Sizes:
-    """Return the sizes that a config.json says, with the parameters counted elsewhere."""
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    head = int(config.get("head_dim") or hidden // heads)
-    common: dict[str, Any] = {
-        "parameters": int(parameters),
-        "hidden": hidden,
-        "layers": int(config["num_hidden_layers"]),
-        "attention_width": heads * head,
-        "vocabulary": int(config["vocab_size"]),
-        "tied": bool(config.get("tie_word_embeddings", False)),
-        "bytes_per_parameter": float(bytes_per_parameter),
-    }
-    if config.get("model_type") not in names() and not any("expert" in key for key in config):
-        width = int(config["intermediate_size"])
-        return Sizes(
-            **common, width=width, expert_parameters=0, router_row_parameters=0, moe_layers=0, experts=0, top_k=0
-        )
-    family = family_of(config)
-    width = int(config[family.width_key])
-    return Sizes(
-        **common,
-        width=width,
-        expert_parameters=3 * hidden * width,
-        router_row_parameters=hidden,
-        moe_layers=len(family.moe_layers(config)),
-        experts=family.expert_count(config),
-        top_k=family.top_k(config),
-    )
+def streams(sizes: Sizes, dtype: str, running: Running, hardware: Hardware) -> bool:
+    """Whether the model is run layer by layer: the rule of `Running.streams`, for the memory of `hardware`."""
+    if running.stream != "auto":
+        return running.stream == "always"
+    whole = sizes.parameters * DTYPE_BYTES[dtype] if dtype in DTYPE_BYTES else sizes.disk_bytes
+    free = hardware.gpu_memory if hardware.gpu(running.device) else hardware.memory
+    return whole + WORKING_BYTES > (free or hardware.memory)
 
 
 def forward_flops(sizes: Sizes, tokens: int, length: int, head: bool = True) -> float:
     """FLOPs of a forward pass over `tokens` in sequences of `length`, with the output head or without."""
-    matrices = (0 if sizes.tied else 1) + (0 if head else 1)  # of V x D that no token is multiplied with
-    used = sizes.active - matrices * sizes.vocabulary * sizes.hidden
-    return tokens * (2.0 * used + 2.0 * sizes.layers * sizes.attention_width * length)
+    count = sizes.count
+    unused = count.embedding if count.head else 0  # a tied embedding is multiplied as the head
+    unused += 0 if head else count.head or count.embedding
+    attention = sum(layer.attention for layer in count.layers)
+    return tokens * (2.0 * (sizes.active - unused) + 2.0 * attention * length)
 
 
-def collect_flops(sizes: Sizes, tokens: int, length: int, probes: frozenset[str] | set[str]) -> float:
+def collect_flops(sizes: Sizes, tokens: int, length: int, probes: Set[str]) -> float:
     """FLOPs of one calibration pass that feeds `probes`."""
     flops = forward_flops(sizes, tokens, length, head=False)
-    gram = _gram_tokens(sizes, tokens) if "residual_gram" in probes else 0
+    gram = gram_tokens(sizes, tokens) if "residual_gram" in probes else 0
     every = tokens if "mean_output" in probes else gram
-    flops += 2.0 * every * sizes.moe_layers * (sizes.experts - sizes.top_k) * sizes.expert_parameters
-    return flops + 2.0 * gram * sizes.moe_layers * sizes.experts**2 * sizes.hidden
+    flops += 2.0 * every * sum((layer.experts - sizes.top_k) * layer.expert for layer in sizes.moe)
+    return flops + 2.0 * gram * sum(layer.experts**2 for layer in sizes.moe) * sizes.hidden
 
 
-def _gram_tokens(sizes: Sizes, tokens: int) -> int:
-    return tokens if sizes.experts <= GRAM_ALL_TOKENS_EXPERTS else min(tokens, GRAM_TOKENS)
+def gram_tokens(sizes: Sizes, tokens: int) -> int:
+    """Tokens of which `residual_gram` keeps inner products."""
+    if sizes.experts <= GRAM_ALL_TOKENS_EXPERTS:
+        return tokens
+    stride = -(-tokens // GRAM_TOKENS)
+    return -(-tokens // stride) if tokens else 0
 
 
-def activation_bytes(sizes: Sizes, batch: int, length: int, dtype: str, *, dense: bool = False, head: bool) -> float:
-    """Bytes that a forward pass of `batch` sequences needs beside the weights."""
-    tokens, each = batch * length, DTYPE_BYTES[dtype]
-    peak = each * tokens * (8 * sizes.hidden + sizes.top_k * (3 * sizes.width + 2 * sizes.hidden))
+def statistics_bytes(sizes: Sizes, tokens: int, probes: Set[str]) -> float:
+    """Bytes of the statistics of `probes`, of all layers."""
+    k, total = sizes.top_k, 0.0
+    for e in (layer.experts for layer in sizes.moe):
+        gram = gram_tokens(sizes, tokens) * (4 * (e * (e + 1) // 2 + 2 * e + 1) + 8)
+        total += sum(
+            {
+                "usage": 32 * e,
+                "output_norm": 32 * e,
+                "mean_output": 16 * e * sizes.hidden + 8 * e,
+                "logit_gram": 8 * (e * e + e),
+                "gate_ratio": 4 * tokens * k + 8 * 101,
+                "residual_gram": gram,
+            }.get(probe, 0)
+            for probe in probes
+        )
+    return total
+
+
+def pass_bytes(sizes: Sizes, tokens: int, length: int, each: int) -> float:
+    """Bytes that a forward pass of `tokens` needs in one layer, in a dtype of `each` bytes."""
+    peak = each * tokens * (8 * sizes.hidden + sizes.top_k * (3 * sizes.width + 4 * sizes.hidden))
     peak += 4 * tokens * sizes.experts
-    if dense:
-        peak += 16 * min(tokens * sizes.experts * sizes.hidden, CHUNK_NUMBERS)
-    if head:
-        peak += 8 * tokens * sizes.vocabulary
+    if sizes.eager:
+        peak += 3 * each * tokens * length * sizes.heads
     return float(peak)
 
 
-def collect_memory(
-    sizes: Sizes, tokens: int, batch: int, length: int, dtype: str, probes: frozenset[str] | set[str]
-) -> float:
-    """Peak bytes of a calibration pass over `tokens` that feeds `probes`, with the whole model in memory."""
-    activations = activation_bytes(sizes, batch, length, dtype, dense=bool(probes & DENSE_PROBES), head=False)
-    kept = 0
-    if "residual_gram" in probes:
-        row = 4 * (sizes.experts * (sizes.experts + 1) // 2 + 2 * sizes.experts + 1) + 8
-        kept = sizes.moe_layers * _gram_tokens(sizes, tokens) * row
-    return PROCESS_BYTES + DTYPE_BYTES[dtype] * sizes.parameters + activations + kept
+def probe_bytes(sizes: Sizes, tokens: int, each: int, probes: Set[str]) -> float:
+    """Bytes that probes need for all experts' outputs of a forward pass of `tokens`."""
+    copies = max((FLOAT64_COPIES[probe] for probe in probes if probe in FLOAT64_COPIES), default=0.0)
+    numbers = min(tokens * sizes.experts * sizes.hidden, CHUNK_BYTES / 8)
+    return copies and numbers * (each + 8 * copies)
 
 
-def score_memory(sizes: Sizes, batch: int, length: int, dtype: str) -> float:
-    """Peak bytes of scoring `batch` sequences at a time, with the whole model in memory."""
-    activations = activation_bytes(sizes, batch, length, dtype, head=True)
-    return PROCESS_BYTES + DTYPE_BYTES[dtype] * sizes.parameters + activations
+def collect_cost(
+    sizes: Sizes, tokens: int, length: int, probes: Set[str], dtype: str, running: Running, hardware: Hardware
+) -> Cost:
+    """Cost of a calibration pass over `tokens` in sequences of `length` that feeds `probes`."""
+    each, length = _each(sizes, dtype), min(length, tokens) or 1
+    batch = min(running.collect_batch_size * length, tokens)
+    kept = statistics_bytes(sizes, tokens, probes)
+    layers = max(len(sizes.moe), 1)
+    # Arrays are kept in pieces, which the last layer's are joined from.
+    results = kept * (1 + 1 / layers)
+    working = pass_bytes(sizes, batch, length, each) + probe_bytes(sizes, batch, each, probes)
+    cost = Cost(
+        flops=collect_flops(sizes, tokens, length, probes), read=sizes.disk_bytes, written=kept, kept=kept, disk=kept
+    )
+    streamed = streams(sizes, dtype, running, hardware)
+    cost = _passing(cost, "collect", sizes, each, working, results, streamed, running, hardware)
+    if streamed:
+        states = float(tokens * sizes.hidden * each)
+        cost = _with_states(cost, states, running)
+        # An interrupted pass continues from the last layer's activations, written after each layer beside the old.
+        count = len(sizes.count.layers)
+        cost = replace(cost, written=cost.written + kept + states * count, disk=cost.disk + kept + 2 * states)
+    return cost
 
 
-def proof_memory(sizes: Sizes) -> float:
-    """Peak bytes of the proof of a written checkpoint, which computes in float32."""
-    return PROCESS_BYTES + 4.0 * sizes.parameters
+def score_cost(
+    sizes: Sizes,
+    choices: int,
+    windows: int,
+    length: int,
+    flops: float,
+    dtype: str,
+    running: Running,
+    hardware: Hardware,
+) -> Cost:
+    """Cost of scoring `choices` tokens of choice tasks and `windows` tokens of perplexities, windows of `length`.
+
+    `flops` are of the forward passes, which may be over fewer tokens where choices share a context.
+    """
+    each, size = _each(sizes, dtype), running.score_batch_size
+    gpu = hardware.gpu(running.device)
+    window = min(size * length, windows if gpu else min(windows, max(CPU_TOKENS, length)))
+    batch = min(size * CHOICE_LENGTH, choices)
+    tokens = max(batch, window)
+    streamed = streams(sizes, dtype, running, hardware)
+    # Of windows and streamed choices one row at a time is made float32.
+    rows = each * tokens + 8 * min(length, tokens)
+    logits = sizes.vocabulary * (rows if streamed else max(rows, (each + 4) * batch))
+    layer = pass_bytes(sizes, tokens, length, each)
+    passes = bool(choices) + bool(windows or sizes.experts)  # active parameters are measured on a few texts
+    cost = Cost(flops=flops, read=sizes.disk_bytes * (max(passes, 1) if streamed else 1))
+    if not streamed:
+        return _passing(cost, "score", sizes, each, layer + logits, 0.0, False, running, hardware)
+    body = _passing(cost, "score", sizes, each, layer, 0.0, True, running, hardware)
+    end = PROCESS["score"] + each * (sizes.outside - (sizes.count.embedding if sizes.count.head else 0)) + logits
+    if gpu:
+        body = replace(body, gpu_memory=max(body.gpu_memory, end - PROCESS["score"] + CUDA_BYTES))
+    else:
+        body = replace(body, memory=max(body.memory, end))
+    return _with_states(body, float(max(choices, windows) * sizes.hidden * each), running)
+
+
+def apply_cost(before: Sizes, after: Sizes, merges: bool, running: Running, hardware: Hardware) -> Cost:
+    """Cost of writing a checkpoint and proving it; `merges`: experts are merged and not only left out."""
+    each = before.bytes_per_parameter
+    workers = running.apply_workers
+    end = 2 * each * max(before.count.embedding, before.count.head)
+    expert = before.hidden * before.width * (16 + 4 * each if merges else 2 * each)
+    writing = PROCESS["apply"] + max(end + (workers - 1) * expert, workers * expert)
+    whole = before.disk_bytes + 4.0 * before.parameters + GUARD_BYTES
+    if whole <= hardware.memory:
+        proof = PROCESS["proof"] + 4.0 * before.loaded
+    else:
+        proof = PROCESS["proof"] + 4.0 * (3 * before.largest_layer + before.outside)
+        if proof > hardware.memory:
+            proof = 0.0  # left out
+    read = (before if merges else after).disk_bytes
+    read += before.disk_bytes + after.disk_bytes if proof else 0.0
+    # The proof is a few sequences long: it is read, not computed.
+    size = after.disk_bytes
+    return Cost(read=read, written=size, kept=size, disk=size, memory=max(writing, proof))
 
 
 def checkpoint_bytes(source: Path, ratios: list[float | None]) -> float:
@@ -224,3 +215,57 @@ def checkpoint_bytes(source: Path, ratios: list[float | None]) -> float:
             sizes = sizes.without(round(ratio * sizes.experts))
         total += sizes.disk_bytes
     return total
+
+
+def plan_cost(statistics: float) -> Cost:
+    """Cost of a plan from statistics of so many bytes."""
+    return Cost(read=statistics, memory=PROCESS["plan"] + 2 * statistics)
+
+
+def tokens_cost() -> Cost:
+    """Cost of calibration tokens; the texts are small."""
+    return Cost(memory=PROCESS["tokens"])
+
+
+def _each(sizes: Sizes, dtype: str) -> int:
+    """Bytes of a number in the dtype computed in."""
+    return DTYPE_BYTES.get(dtype, 4 if sizes.bytes_per_parameter > 2 else 2)
+
+
+def _passing(
+    cost: Cost,
+    stage: str,
+    sizes: Sizes,
+    each: int,
+    working: float,
+    results: float,
+    streamed: bool,
+    running: Running,
+    hardware: Hardware,
+) -> Cost:
+    """Add the memory of a forward pass that needs `working` bytes; `results` are kept by the processor."""
+    weights = each * (sizes.slots() + sizes.count.embedding + sizes.count.norm if streamed else sizes.loaded)
+    # Converted and stacked, an expert's tensors are for a moment there twice.
+    converted = 0.0 if each == sizes.bytes_per_parameter else each * sizes.hidden * sizes.width * 2.0
+    if not streamed:
+        converted *= sizes.experts
+    process = PROCESS[stage] + results
+    if not hardware.gpu(running.device):
+        peak = max(weights + working, weights + converted)
+        return replace(cost, streamed=streamed, memory=process + peak)
+    # A whole model is loaded by the processor and then moved.
+    host = converted + each * sizes.count.embedding if streamed else weights + converted
+    return replace(
+        cost,
+        streamed=streamed,
+        gpu=True,
+        memory=process + CUDA_HOST_BYTES + host,
+        gpu_memory=CUDA_BYTES + weights + working,
+    )
+
+
+def _with_states(cost: Cost, states: float, running: Running) -> Cost:
+    """Add the hidden states of all tokens between two layers: in memory, else in a scratch file."""
+    if states <= running.activation_memory:
+        return replace(cost, memory=cost.memory + states)
+    return replace(cost, disk=cost.disk + states)

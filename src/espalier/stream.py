@@ -195,8 +195,11 @@ class StreamedModel:
             seen.add(id(meta))
             dtype = torch.float32 if name in self._wide else meta.dtype
             free = self._free[meta.shape, dtype]
-            tensors[name] = free.pop() if free else torch.empty(meta.shape, dtype=dtype, device=self.device)
-        self.weights.fill(tensors)
+            # Room is made by this thread and filled again by the reading one, which is not in the caller's mode.
+            with torch.inference_mode(False):
+                tensors[name] = free.pop() if free else torch.empty(meta.shape, dtype=dtype, device=self.device)
+        with torch.inference_mode(False), torch.no_grad():
+            self.weights.fill(tensors)
         return tensors
 
     @contextlib.contextmanager

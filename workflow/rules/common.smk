@@ -6,10 +6,14 @@ from pathlib import Path
 SOURCE = Path(workflow.basedir) / "src"
 sys.path.insert(0, str(SOURCE))
 
+from espalier import stages
+from espalier.hardware import Hardware
+from espalier.job_requests import Requests
 from espalier.store import Store
 
 RESULTS = config["results"]
 STORE = Store(RESULTS)
+RUN = {}  # the settings of the run, in the main process; and what its jobs ask for
 
 
 wildcard_constraints:
@@ -28,6 +32,7 @@ def reports(wildcards):
     for name in config["experiments"]:
         experiment = expand(name, config["overrides"], STORE)
         targets.append(STORE.path(save(experiment, STORE)))
+        RUN["runtime"] = experiment.run["runtime"]
         tell_jobs(SOURCE, save_run(experiment, STORE))
     return list(map(str, targets))
 
@@ -44,3 +49,15 @@ def label(wildcards):
 
 def results_folder(wildcards):
     return RESULTS
+
+
+def asks(resource):
+    """The function that says how much of a resource a job asks for, from its node and the machine it will run on."""
+
+    def ask(wildcards, threads, attempt):
+        if "requests" not in RUN:
+            runtime = RUN.get("runtime") or stages.runtime(STORE)["runtime"]
+            RUN["requests"] = Requests(STORE, Hardware.load(config["hardware"]), runtime)
+        return RUN["requests"].of(wildcards.id, threads, attempt)[resource]
+
+    return ask

@@ -8,11 +8,12 @@ rule tokens:
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=asks("mem_mb"),
+        runtime=asks("runtime"),
+        disk_mb=asks("disk_mb"),
     priority: 10 # everything waits for it
     message:
-        "tokens {wildcards.id}: {params.label}"
+        "tokens {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
     params:
         label=label,
         results=results_folder,
@@ -32,11 +33,13 @@ rule collect:
         "../../environment.yml"
     threads: 1 # more for large models on a processor: --set-threads collect=16
     resources:
-        mem_mb=8000,
-        runtime=240,
+        mem_mb=asks("mem_mb"),
+        runtime=asks("runtime"),
+        disk_mb=asks("disk_mb"),
+        gpu=asks("gpu"),
     priority: 10 # everything waits for it
     message:
-        "collect {wildcards.id}: {params.label}"
+        "collect {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
     params:
         label=label,
         results=results_folder,
@@ -55,11 +58,12 @@ rule reduce:
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=asks("mem_mb"),
+        runtime=asks("runtime"),
+        disk_mb=asks("disk_mb"),
     priority: 10 # everything waits for it
     message:
-        "reduce {wildcards.id}: {params.label}"
+        "reduce {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
     params:
         label=label,
         results=results_folder,
@@ -78,10 +82,11 @@ rule plan:
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=asks("mem_mb"),
+        runtime=asks("runtime"),
+        disk_mb=asks("disk_mb"),
     message:
-        "plan {wildcards.id}: {params.label}"
+        "plan {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
     params:
         label=label,
         results=results_folder,
@@ -100,10 +105,11 @@ rule apply:
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=8000,
-        runtime=120,
+        mem_mb=asks("mem_mb"),
+        runtime=asks("runtime"),
+        disk_mb=asks("disk_mb"),
     message:
-        "apply {wildcards.id}: {params.label}"
+        "apply {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
     params:
         label=label,
         results=results_folder,

@@ -8,10 +8,12 @@ rule score:
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=8000,
-        runtime=240,
+        mem_mb=asks("mem_mb"),
+        runtime=asks("runtime"),
+        disk_mb=asks("disk_mb"),
+        gpu=asks("gpu"),
     message:
-        "score {wildcards.id}: {params.label}"
+        "score {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
     params:
         label=label,
         results=results_folder,

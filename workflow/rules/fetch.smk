@@ -9,6 +9,8 @@ rule fetch:
         f"{RESULTS}/logs/fetch/{{id}}.log",
     conda:
         "../../environment.yml"
+    resources:
+        disk_mb=asks("disk_mb"),
     priority: 10 # everything waits for it
     message:
         "fetch {wildcards.id}: {params.label}"

@@ -1,0 +1,187 @@
+"""From a job's node to its cost: the sizes of the model its parents lead to, its tokens, its settings."""
+
+from typing import Any
+
+from espalier import sources
+from espalier.errors import UserError
+from espalier.estimate import (
+    Cost,
+    apply_cost,
+    collect_cost,
+    forward_flops,
+    plan_cost,
+    score_cost,
+    statistics_bytes,
+    tokens_cost,
+)
+from espalier.hardware import Hardware
+from espalier.running import Running
+from espalier.sizes import Sizes, sizes_of_source
+from espalier.store import Store
+
+Document = dict[str, Any]
+
+BYTES_PER_TOKEN = 3.5  # of English text under a common tokenizer
+SCORE_LENGTH = 256  # tokens of a scored sequence where no length is set
+FEW_DOCUMENTS_TOKENS = 16000  # on which active parameters are measured where no perplexity is asked for
+
+# lm-eval's tasks of the papers' tables: items, continuations of each, tokens of one with its context (rounded means).
+KNOWN_TASKS: dict[str, tuple[int, int, int]] = {
+    "arc_challenge": (1172, 4, 32),
+    "arc_easy": (2376, 4, 30),
+    "boolq": (3270, 2, 140),
+    "hellaswag": (10042, 4, 100),
+    "mmlu": (14042, 4, 110),
+    "openbookqa": (500, 4, 18),
+    "piqa": (1838, 2, 35),
+    "rte": (277, 2, 85),
+    "winogrande": (1267, 2, 27),
+}
+
+
+class Reckoner:
+    """The cost of each job of a results folder on `hardware` with the settings `runtime`.
+
+    `unknown` gathers what could not be known, in sentences; costs are 0 there.
+    """
+
+    def __init__(self, store: Store, hardware: Hardware, runtime: Document) -> None:
+        self.store, self.hardware, self.running = store, hardware, Running.of(runtime)
+        self.unknown: set[str] = set()
+        self._sizes: dict[str, Sizes | None] = {}
+
+    def cost(self, job: Document) -> Cost:
+        """Return the cost of a node that is made by a job of its own."""
+        made: Cost = getattr(self, f"_{job['stage']}", lambda job: Cost())(job)
+        return made
+
+    def known(self, job: Document) -> bool:
+        """Whether the sizes of the job's model are known."""
+        try:
+            return self._model(job if job["stage"] == "fetch" else self._root(job)) is not None
+        except UserError:
+            return False
+
+    def _root(self, job: Document) -> Document:
+        """The `fetch` node that a job's parents lead to."""
+        while job["stage"] != "fetch":
+            job = next(map(self.store.read_node, job["parents"]))
+        return job
+
+    def _fetch(self, job: Document) -> Cost:
+        sizes, id = self._model(job), job["config"]["id"]
+        here = sources.is_local(id) or id == sources.EMBEDDED
+        if sizes is None or here:
+            return Cost()
+        return Cost(written=sizes.disk_bytes, kept=sizes.disk_bytes, disk=sizes.disk_bytes)
+
+    def _tokens(self, job: Document) -> Cost:
+        return tokens_cost()
+
+    def _collect(self, job: Document) -> Cost:
+        sizes, config = self._weights(job), job["config"]
+        tokens, length = self._calibration(self.store.parent(job, "tokens")["config"], config.get("shard"))
+        if sizes is None or tokens == 0:
+            return Cost()
+        probes = frozenset(config["probes"])
+        return collect_cost(sizes, tokens, length, probes, str(config["dtype"]), self.running, self.hardware)
+
+    def _statistics(self, job: Document) -> float:
+        """Bytes of the statistics that a `probe`, `collect` or `reduce` node stands for."""
+        config = job["config"]
+        shard = config.get("shard")
+        if job["stage"] == "reduce":
+            job = self.store.read_node(job["parents"][0])
+        sizes = self._weights(job)
+        tokens, _ = self._calibration(self.store.parent(job, "tokens")["config"], shard)
+        probes = frozenset([config["probe"]] if "probe" in config else config["probes"])
+        return 0.0 if sizes is None else statistics_bytes(sizes, tokens, probes)
+
+    def _reduce(self, job: Document) -> Cost:
+        parts = sum(self._statistics(self.store.read_node(parent)) for parent in job["parents"])
+        made = self._statistics(job)
+        cost = plan_cost(parts)
+        return Cost(read=parts, written=made, kept=made, disk=made, memory=tokens_cost().memory + cost.memory + made)
+
+    def _plan(self, job: Document) -> Cost:
+        probes = (parent for parent in map(self.store.read_node, job["parents"]) if parent["stage"] == "probe")
+        return plan_cost(sum(map(self._statistics, probes)))
+
+    def _apply(self, job: Document) -> Cost:
+        before, after = self._weights(job), self._model(job)
+        if before is None or after is None:
+            return Cost()
+        merges = _router(self.store.parent(job, "plan")["config"]) is not None
+        return apply_cost(before, after, merges, self.running, self.hardware)
+
+    def _score(self, job: Document) -> Cost:
+        sizes, config = self._weights(job), job["config"]
+        if sizes is None:
+            return Cost()
+        flops, length, choices, windows = 0.0, SCORE_LENGTH, 0, 0
+        for task in config["tasks"]:
+            own = int(task.get("length") or SCORE_LENGTH)
+            tokens = self._scored_tokens(task)
+            flops += forward_flops(sizes, tokens, own)
+            if str(task["task"]).startswith("perplexity_"):
+                windows, length = windows + tokens, max(length, own)
+            else:
+                choices += tokens
+        if sizes.experts and not windows:
+            flops += forward_flops(sizes, FEW_DOCUMENTS_TOKENS, length)
+        return score_cost(sizes, choices, windows, length, flops, str(config["dtype"]), self.running, self.hardware)
+
+    def _weights(self, job: Document) -> Sizes | None:
+        return self._model(self.store.parent(job, "fetch", "apply"))
+
+    def _model(self, node: Document) -> Sizes | None:
+        """Sizes of the checkpoint that a `fetch` or `apply` node stands for."""
+        if node["id"] not in self._sizes:
+            self._sizes[node["id"]] = self._after(node) if node["stage"] == "apply" else self._source(node)
+        return self._sizes[node["id"]]
+
+    def _source(self, node: Document) -> Sizes | None:
+        try:
+            return sizes_of_source(str(node["config"]["id"]), self.store.path(node))
+        except UserError as error:
+            self.unknown.add(str(error))
+            return None
+
+    def _after(self, apply: Document) -> Sizes | None:
+        before, method = self._weights(apply), self.store.parent(apply, "plan")["config"]
+        ratio, router = method.get("ratio"), _router(method)
+        if before is None or ratio is None or router == "tie":
+            return before
+        return before.without(round(ratio * before.experts), rows=router != "remap")
+
+    def _calibration(self, config: Document, shard: list[int] | None = None) -> tuple[int, int]:
+        """Tokens in all, or in a shard, and in a sequence; 0 where only reading the texts would tell."""
+        samples, length = config.get("samples"), int(config.get("length") or 0)
+        if not samples:
+            self.unknown.add(f"calibration {config.get('name')}: its number of tokens is not in its configuration.")
+            return 0, length
+        sequences = int(samples) * len(config.get("domains") or [1])
+        return -(-sequences // (shard[1] if shard else 1)) * length, length
+
+    def _scored_tokens(self, task: Document) -> int:
+        name, limit = str(task["task"]), task.get("limit")
+        domain = name.removeprefix("perplexity_")
+        own = sources.ASSETS / "text" / domain / "validation.jsonl"
+        items = sources.ASSETS / "tasks" / f"{name}.jsonl"
+        if domain != name and own.is_file():
+            return int(own.stat().st_size / BYTES_PER_TOKEN)
+        if items.is_file():
+            # A line holds a context and its continuations, which share it when they are scored.
+            return int(sum(map(len, items.read_bytes().splitlines()[:limit])) / BYTES_PER_TOKEN)
+        if name in KNOWN_TASKS:
+            count, continuations, tokens = KNOWN_TASKS[name]
+            return min(count, limit or count) * continuations * tokens
+        self.unknown.add(f"task {name}: how many tokens it scores is not known; its time is not counted.")
+        return 0
+
+
+def _router(method: Document) -> str | None:
+    """What becomes of the router where a method merges experts; None where it does not."""
+    default = "remap" if method.get("name") == "random_merge" else None
+    router: str | None = method.get("router", default)
+    return router
