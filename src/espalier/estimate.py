@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from espalier.hardware import Hardware
-from espalier.running import WORKING_BYTES, Running
-from espalier.sizes import DTYPE_BYTES, Sizes, sizes_of_directory
+from espalier.running import DTYPE_BYTES, Running, exceeds
+from espalier.sizes import Sizes, sizes_of_directory
 
 DENSE_PROBES = frozenset({"mean_output", "residual_gram"})  # those that need every expert's output
 GRAM_ALL_TOKENS_EXPERTS, GRAM_TOKENS = 16, 16384  # residual_gram: all tokens up to so many experts, else so many
@@ -60,7 +60,7 @@ def streams(sizes: Sizes, dtype: str, running: Running, hardware: Hardware) -> b
         return running.stream == "always"
     whole = sizes.parameters * DTYPE_BYTES[dtype] if dtype in DTYPE_BYTES else sizes.disk_bytes
     free = hardware.gpu_memory if hardware.gpu(running.device) else hardware.memory
-    return whole + WORKING_BYTES > (free or hardware.memory)
+    return exceeds(whole, free or hardware.memory)
 
 
 def forward_flops(sizes: Sizes, tokens: int, length: int, head: bool = True) -> float:

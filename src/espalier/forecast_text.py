@@ -7,8 +7,8 @@ from espalier import sources
 from espalier.estimate import Cost, apply_cost, collect_cost, score_cost
 from espalier.forecast import Forecast
 from espalier.hardware import EFFICIENCY, Hardware
-from espalier.running import Running
-from espalier.sizes import DTYPE_BYTES, Sizes, sizes_of
+from espalier.running import DTYPE_BYTES, Running
+from espalier.sizes import Sizes, sizes_of
 
 
 def render(forecast: Forecast, hardware: Hardware) -> None:

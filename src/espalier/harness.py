@@ -23,11 +23,8 @@ Progress = Callable[[int, int], None]
 SHORTEST_SHARED = 8  # tokens; below, a second forward pass costs more than the repeated context
 
 
-class SharedContextLM(HFLM):  # type: ignore[misc]
-    """HFLM for one process that runs equal requests once and each context once for its continuations.
-
-    `batch_size` counts sequences: choices, not items.
-    """
+class ChoiceLM(HFLM):  # type: ignore[misc]
+    """HFLM around a model that is there already, for one process, silent but for `progress`."""
 
     def __init__(
         self,
@@ -47,6 +44,17 @@ class SharedContextLM(HFLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
         return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def _tell(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
+
+
+class SharedContextLM(ChoiceLM):
+    """Runs equal requests once and each context once for its continuations.
+
+    `batch_size` counts sequences: choices, not items.
+    """
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
@@ -70,10 +78,6 @@ class SharedContextLM(HFLM):  # type: ignore[misc]
             answers |= {(tuple(r[1]), tuple(r[2])): a for r, a in zip(part, found, strict=True)}
             self._tell(len(answers), total)
         return [answers[tuple(context), tuple(continuation)] for _, context, continuation in requests]
-
-    def _tell(self, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(done, total)
 
     def _worth_sharing(self, context: Tokens, continuations: dict[Tokens, Request]) -> bool:
         longest = max(map(len, continuations))

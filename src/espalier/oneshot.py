@@ -13,7 +13,7 @@ from espalier import conf, methods, sources
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError, nearest
 from espalier.methods import Method
-from espalier.partial import check_disk
+from espalier.partial import check_disk, refuse_existing
 from espalier.plan import Plan, survivors
 from espalier.progress import Progress
 from espalier.running import Running
@@ -74,8 +74,7 @@ def compress(
     Nothing is left behind by a failure.
     """
     out, results = Path(out), Path(results)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already. Choose another output directory or remove it.")
+    refuse_existing(out)
     steps = make_steps(method, then, settings)
     tell = progress or (lambda what, done, total: None)
     model_config = sources.model_config(str(model))

@@ -36,13 +36,14 @@ def resumable_directory(path: Path, identity: Any, replace: bool = False) -> Ite
     """
     folder, final, filling = partial_folder(path), _absolute(path), False
     try:
-        if not folder.exists():
-            _refuse_existing(path, replace)
+        if not folder.exists() and not replace:
+            refuse_existing(path)
         lock = _lock(folder, path)
     except OSError as error:
         raise _user_error(error, path, []) from error
     try:
-        _refuse_existing(path, replace)  # another run may have finished it meanwhile
+        if not replace:
+            refuse_existing(path)  # another run may have finished it meanwhile
         files = _prepare(folder, digest(identity))
         filling = True
         yield files
@@ -93,8 +94,9 @@ def _absolute(path: Path) -> Path:
     return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
-def _refuse_existing(path: Path, replace: bool) -> None:
-    if not replace and os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+def refuse_existing(path: Path) -> None:
+    """Raise UserError when `path` exists and is not an empty directory."""
+    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists already. Choose another output directory or remove it.")
 
 

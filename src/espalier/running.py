@@ -64,7 +64,12 @@ class Running:
         """Whether the model of `checkpoint` is to be run layer by layer when it computes in `dtype`."""
         if self.stream != "auto":
             return self.stream == "always"
-        return loaded_bytes(checkpoint, dtype) + WORKING_BYTES > free_bytes(self.torch_device())
+        return exceeds(loaded_bytes(checkpoint, dtype), free_bytes(self.torch_device()))
+
+
+def exceeds(loaded: float, free: float) -> bool:
+    """Whether a model of `loaded` bytes is too large to be run whole in `free` bytes of memory."""
+    return loaded + WORKING_BYTES > free
 
 
 def loaded_bytes(checkpoint: Checkpoint, dtype: str) -> float:

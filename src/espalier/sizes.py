@@ -12,9 +12,9 @@ from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
 from espalier.families import family_of
 from espalier.parameters import Count, Layer, count, is_moe
+from espalier.running import DTYPE_BYTES
 from espalier.store import read_json
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 EAGER = ("gpt_oss",)  # families whose attention holds the scores of all pairs of tokens
 
 

@@ -230,20 +230,18 @@ def stable_header(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it on success, remove it on failure.
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; put it in its place on success, remove it on failure.
 
-    Raises UserError when `path` exists and is not empty (unless `replace`) or when the disk is full.
+    Raises UserError when the disk is full.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not replace:
-        raise UserError(f"{path}: exists already. Choose another output directory or remove it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        if replace and path.exists():
+        if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
     except OSError as error:

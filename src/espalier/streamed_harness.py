@@ -1,21 +1,19 @@
 """The lm-eval model that scores choices with a model larger than memory: all requests pass its layers together."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerBase
 
 from espalier.errors import UserError
-from espalier.harness import Answer, Progress, Request, Tokens, answer
+from espalier.harness import Answer, ChoiceLM, Progress, Request, Tokens, answer
 from espalier.stream import Batch, StreamedModel
 
 
-class StreamedLM(HFLM):  # type: ignore[misc]
-    """HFLM for log-likelihoods of a streamed model; equal requests run once.
+class StreamedLM(ChoiceLM):
+    """Log-likelihoods of a streamed model; equal requests run once.
 
     `batch_size` counts sequences. Tasks that generate text are refused: each new token would read all weights.
     """
@@ -29,19 +27,9 @@ class StreamedLM(HFLM):  # type: ignore[misc]
         scratch: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
-        logger = logging.getLogger("lm_eval")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # it warns that a loaded model is passed, which is what we want
-        try:
-            super().__init__(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size)
-        finally:
-            logger.setLevel(level)
+        super().__init__(model.model, tokenizer, batch_size, progress)
         self.streamed = model
         self.room = (activation_memory, scratch)
-        self.progress = progress
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
-        return list(super().loglikelihood(requests, disable_tqdm=True))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         raise UserError("evaluation: rolling log-likelihoods are not streamed; use the perplexity_DOMAIN tasks.")
@@ -86,7 +74,3 @@ class StreamedLM(HFLM):  # type: ignore[misc]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
         return Batch.of(ids, mask)
-
-    def _tell(self, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(done, total)

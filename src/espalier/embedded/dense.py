@@ -54,7 +54,7 @@ def smollm2_directory(cache: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    with atomic_directory(directory, replace=True) as partial:
+    with atomic_directory(directory) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return directory

@@ -138,7 +138,7 @@ def save_state(directory: Path, model: OlmoeForCausalLM, optimizer: torch.optim.
     """Replace `directory` by the model, the optimizer's moments and the step, without pickle."""
     named = dict(model.named_parameters())
     moments = {f"{name}/{key}": value.clone() for name, p in named.items() for key, value in optimizer.state[p].items()}
-    with atomic_directory(directory, replace=True) as partial:
+    with atomic_directory(directory) as partial:
         save_file({name: p.detach() for name, p in named.items()}, partial / "model.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
         write_json(partial / "run.json", {"format": FORMAT, "step": step, "run": asdict(run)})
@@ -172,7 +172,7 @@ def export(directory: Path, model: OlmoeForCausalLM, tokenizer: PreTrainedTokeni
     """Write the bf16 checkpoint and the tokenizer as `from_pretrained` reads them; `model` stays as it is."""
     copy = OlmoeForCausalLM(model.config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
-    with atomic_directory(directory, replace=True) as partial:
+    with atomic_directory(directory) as partial:
         copy.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "model.safetensors").chmod(0o644)

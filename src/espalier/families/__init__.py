@@ -11,6 +11,14 @@ from espalier.errors import UserError
 
 Config = dict[str, Any]
 
+# The two ways in which most families name one expert's tensors on disk: gate, up, down.
+GATE_UP_DOWN = (
+    "experts.{expert}.gate_proj.weight",
+    "experts.{expert}.up_proj.weight",
+    "experts.{expert}.down_proj.weight",
+)
+W1_W3_W2 = ("experts.{expert}.w1.weight", "experts.{expert}.w3.weight", "experts.{expert}.w2.weight")
+
 
 def every_layer(config: Config) -> list[int]:
     """Return all decoder layers."""

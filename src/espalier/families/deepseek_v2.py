@@ -1,6 +1,6 @@
 """DeepSeek-V2: shared experts, dense first layers, and routing within groups except in V2-Lite; never renormalises."""
 
-from espalier.families import Config, Family
+from espalier.families import GATE_UP_DOWN, Config, Family
 
 
 def layers_after_dense(config: Config) -> list[int]:
@@ -26,11 +26,7 @@ FAMILY = Family(
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
     block="model.layers.{layer}.mlp",
-    experts=(
-        "experts.{expert}.gate_proj.weight",
-        "experts.{expert}.up_proj.weight",
-        "experts.{expert}.down_proj.weight",
-    ),
+    experts=GATE_UP_DOWN,
     router=("gate.weight",),
     expert_keys=("num_experts", "n_routed_experts"),
     renormalise=lambda config: False,  # transformers does not read norm_topk_prob here

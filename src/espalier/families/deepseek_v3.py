@@ -1,6 +1,6 @@
 """DeepSeek-V3, DeepSeek-R1: sigmoid scores, a bias that only chooses, groups scored by their two best experts."""
 
-from espalier.families import Config, Family
+from espalier.families import GATE_UP_DOWN, Config, Family
 
 
 def _moe_layers(config: Config) -> list[int]:
@@ -11,11 +11,7 @@ FAMILY = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     block="model.layers.{layer}.mlp",
-    experts=(
-        "experts.{expert}.gate_proj.weight",
-        "experts.{expert}.up_proj.weight",
-        "experts.{expert}.down_proj.weight",
-    ),
+    experts=GATE_UP_DOWN,
     router=("gate.weight", "gate.e_score_correction_bias"),
     expert_keys=("num_local_experts", "n_routed_experts"),
     renormalise=lambda config: bool(config.get("norm_topk_prob", True)),

@@ -1,6 +1,6 @@
 """ERNIE 4.5 (21B-A3B, 300B-A47B): softmax weights, chosen with a correction bias; dense first layers."""
 
-from espalier.families import Config, Family
+from espalier.families import GATE_UP_DOWN, Config, Family
 
 
 def _moe_layers(config: Config) -> list[int]:
@@ -14,11 +14,7 @@ FAMILY = Family(
     model_type="ernie4_5_moe",
     architecture="Ernie4_5_MoeForCausalLM",
     block="model.layers.{layer}.mlp",
-    experts=(
-        "experts.{expert}.gate_proj.weight",
-        "experts.{expert}.up_proj.weight",
-        "experts.{expert}.down_proj.weight",
-    ),
+    experts=GATE_UP_DOWN,
     router=("gate.weight",),
     router_columns=("moe_statics.e_score_correction_bias",),  # [1, E]
     expert_keys=("num_experts", "moe_num_experts"),

@@ -1,6 +1,6 @@
 """Jamba (Mini, Large): Mamba and attention layers; every second layer's feed-forward part is a MoE block."""
 
-from espalier.families import Config, Family
+from espalier.families import GATE_UP_DOWN, Config, Family
 
 
 def _moe_layers(config: Config) -> list[int]:
@@ -12,11 +12,7 @@ FAMILY = Family(
     model_type="jamba",
     architecture="JambaForCausalLM",
     block="model.layers.{layer}.feed_forward",
-    experts=(
-        "experts.{expert}.gate_proj.weight",
-        "experts.{expert}.up_proj.weight",
-        "experts.{expert}.down_proj.weight",
-    ),
+    experts=GATE_UP_DOWN,
     router=("router.weight",),
     expert_keys=("num_local_experts", "num_experts"),
     width_key="intermediate_size",

@@ -1,7 +1,7 @@
 """Phi-3.5-MoE: Mixtral's names; sparsemixer always picks two experts, each weighted against its near rivals."""
 
 from espalier.errors import UserError
-from espalier.families import Config, Family
+from espalier.families import W1_W3_W2, Config, Family
 
 
 def _router_kind(config: Config) -> str:
@@ -17,7 +17,7 @@ FAMILY = Family(
     model_type="phimoe",
     architecture="PhimoeForCausalLM",
     block="model.layers.{layer}.block_sparse_moe",
-    experts=("experts.{expert}.w1.weight", "experts.{expert}.w3.weight", "experts.{expert}.w2.weight"),
+    experts=W1_W3_W2,
     router=("gate.weight",),
     expert_keys=("num_local_experts",),
     width_key="intermediate_size",

@@ -1,6 +1,6 @@
 """Qwen1.5-MoE and Qwen2-MoE: a sigmoid-gated shared expert beside the routed ones, no renormalisation by default."""
 
-from espalier.families import Config, Family
+from espalier.families import GATE_UP_DOWN, Config, Family
 
 
 def sparse_layers(config: Config) -> list[int]:
@@ -13,11 +13,7 @@ FAMILY = Family(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     block="model.layers.{layer}.mlp",
-    experts=(
-        "experts.{expert}.gate_proj.weight",
-        "experts.{expert}.up_proj.weight",
-        "experts.{expert}.down_proj.weight",
-    ),
+    experts=GATE_UP_DOWN,
     router=("gate.weight",),
     expert_keys=("num_experts", "num_local_experts"),
     moe_layers=sparse_layers,
