@@ -1,7 +1,8 @@
 """Collect: one forward pass over the calibration tokens that feeds every probe asked for."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,12 @@ def collect(
     UserError: unknown probe, weights that are not finite (names the tensor), experts' outputs or results that
     are not finite (names the layer), a sequence without tokens, a probe that a merged checkpoint cannot feed.
     """
-    observation = _Observation(shape, input_ids, attention_mask, probes, batch_size, shard)
+    observation = Observation(shape, input_ids, attention_mask, probes, batch_size, shard)
     check_weights(model)
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), observe(model, shape.layers, family, observation.consume) as observers:
+        with torch.no_grad(), observation.observe(model, family) as observers:
             for number, batch in enumerate(observation.batches):
                 for observer in observers:
                     observation.expect(observer, number)
@@ -92,7 +93,7 @@ def collect_streamed(
     finished layers are not run again after an interruption; the caller removes it when the result is safe.
     `progress(done, total)` counts batches over all layers.
     """
-    observation = _Observation(shape, input_ids, attention_mask, probes, batch_size, shard)
+    observation = Observation(shape, input_ids, attention_mask, probes, batch_size, shard)
     batches, layers = observation.batches, len(model.layers)
     states = model.activations(batches, activation_memory, scratch)
     first = state.layers if state is not None else 0
@@ -102,7 +103,7 @@ def collect_streamed(
             results |= state.stats(layer).arrays
         state.load(states)
         model.returns_tuple = state.returns_tuple
-    with torch.no_grad(), observe(model.model, shape.layers, family, observation.consume) as observers:
+    with torch.no_grad(), observation.observe(model.model, family) as observers:
         by_layer = {observer.layer: observer for observer in observers}
         for turn in model.turns(batches, states, first):
             observer = by_layer.get(turn.layer)
@@ -145,17 +146,18 @@ def collect_checkpoint(
     device, batch_size = running.torch_device(), running.collect_batch_size
     if not running.streams(checkpoint, dtype):
         model = load(directory, dtype, device)
-        return collect(
-            model,
-            shape,
-            family,
-            input_ids,
-            attention_mask,
-            probes,
-            batch_size=batch_size,
-            shard=shard,
-            progress=progress,
-        )
+        with naming_file(checkpoint):
+            return collect(
+                model,
+                shape,
+                family,
+                input_ids,
+                attention_mask,
+                probes,
+                batch_size=batch_size,
+                shard=shard,
+                progress=progress,
+            )
     kept = None
     if state is not None:
         tokens = hashlib.sha256(np.ascontiguousarray(input_ids).tobytes())
@@ -185,7 +187,7 @@ def collect_checkpoint(
     )
 
 
-class _Observation:
+class Observation:
     """The calibration tokens in micro-batches, and the probes that see them, a set for each layer."""
 
     def __init__(
@@ -223,6 +225,11 @@ class _Observation:
         self._names = [name for name in PROBES if name in probes]
         self._probes: dict[int, dict[str, Probe]] = {}
 
+    def observe(self, model: Any, family: Family) -> contextlib.AbstractContextManager[list[BlockObserver]]:
+        """Observe the model's MoE blocks, with attention where a probe looks at it."""
+        attention = any(getattr(PROBES[name], "attention", False) for name in self._names)
+        return observe(model, self.shape.layers, family, self.consume, attention)
+
     def expect(self, observer: BlockObserver, number: int) -> None:
         """Prepare an observer for the batch `number`."""
         observer.expect(self._rows[number], self._first[number])
@@ -259,14 +266,32 @@ class _Observation:
         return results
 
 
+class NotFiniteError(UserError):
+    """A loaded parameter holds a NaN or an infinity."""
+
+
+@contextlib.contextmanager
+def naming_file(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn a NotFiniteError into the UserError that names the shard and its tensor.
+
+    It stays where the files are sound: numbers that the dtype of the loaded model cannot hold.
+    """
+    try:
+        yield
+    except NotFiniteError:
+        for name in checkpoint.entries:
+            checkpoint.finite_tensor(name)
+        raise
+
+
 def check_weights(model: Any) -> None:
-    """Raise UserError naming the first parameter of `model` that holds a NaN or an infinity."""
+    """Raise NotFiniteError naming the first parameter of `model` that holds a NaN or an infinity."""
     for name, parameter in model.named_parameters():
         # aminmax needs no second copy, and both ends are NaN when any value is.
         if parameter.is_floating_point() and not all(torch.isfinite(end) for end in torch.aminmax(parameter.detach())):
             bad = [int(row) for row in range(len(parameter)) if not torch.isfinite(parameter[row]).all()]
             kind = "expert" if parameter.ndim == 3 else "row"
-            raise UserError(
+            raise NotFiniteError(
                 f"model: parameter {name} holds NaN or infinite values in {len(bad)} of {len(parameter)} {kind}s "
                 f"(first: {kind} {bad[0]}). The checkpoint is damaged; fetch it again."
             )

@@ -2,7 +2,8 @@
 
 import contextlib
 import fcntl
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import torch
 from torch import nn
 
 from espalier import families
-from espalier.checkpoint import TORCH_NAMES, Checkpoint
+from espalier.checkpoint import Checkpoint
+from espalier.dtypes import TORCH_NAMES
 from espalier.errors import UserError
 from espalier.families import Family
-from espalier.plan import Keep, Merge, Operation, Plan, Skip
+from espalier.live_skip import LiveSkip
+from espalier.operations import Constant, Keep, Merge, Narrow, Operation, Skip
+from espalier.plan import Plan
+from espalier.plan_tensors import PlanTensor
 from espalier.quantised import refuse_quantised
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -40,14 +45,25 @@ def load_with_info(
     from transformers import AutoModelForCausalLM
 
     trusted, kernel = _settings(directory, device, trust)
+    # The caller decides about tensors of another shape; transformers' own report of them takes twenty lines.
+    wanted = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=trusted, output_loading_info=True, local_files_only=True, **kernel
+            directory, dtype=dtype, trust_remote_code=trusted, **wanted, **kernel
         )
     except RuntimeError as error:
         raise UserError(f"{directory}: transformers cannot load it: {str(error).strip().splitlines()[-1]}") from error
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    return model.to(device).eval(), {kind: sorted(map(str, loading[kind])) for kind in kinds}
+    finally:
+        logger.setLevel(level)
+    names = {kind: sorted(map(str, loading[kind])) for kind in ("missing_keys", "unexpected_keys")}
+    names["mismatched_keys"] = sorted(
+        f"{name} {list(stored)} (config.json: {list(expected)})"
+        for name, stored, expected in loading["mismatched_keys"]
+    )
+    return model.to(device).eval(), names
 
 
 def skeleton(directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
@@ -121,25 +137,44 @@ def live(model: Any, plan: Plan, family: Family) -> Any:
     blocks = moe_blocks(model, family)
     renormalise = family.renormalise(model.config.to_dict())
     for layer, operations in plan.layers.items():
-        change_block(blocks[layer], operations, family, renormalise)
+        attention = getattr(decoder(model).layers[layer], "self_attn", None)
+        change_block(blocks[layer], operations, family, renormalise, plan.tensors, attention)
     return model
 
 
-def change_block(block: Any, operations: Sequence[Operation], family: Family, renormalise: bool) -> None:
-    """Change one loaded MoE block in memory, as `live` does."""
+def change_block(
+    block: Any,
+    operations: Sequence[Operation],
+    family: Family,
+    renormalise: bool,
+    tensors: Mapping[str, PlanTensor] | None = None,
+    attention: Any = None,
+) -> None:
+    """Change one loaded MoE block in memory, as `live` does; `tensors` are those that the operations name.
+
+    `attention` is the module before the block; where tokens are protected its model is made to give attention weights.
+    """
+    found = {} if tensors is None else tensors
     router = getattr(block, family.router_module)
     for operation in operations:
         if isinstance(operation, Keep):
             _select([block.experts], operation.experts)
             _select([block, *router.modules()], operation.experts)
         elif isinstance(operation, Merge):
-            _merge(block.experts, operation)
+            _merge(block.experts, operation, found)
             if operation.router == "slice":
-                first = tuple(group[0] for group in operation.groups)
-                _select([block.experts], first)
-                _select([block, *router.modules()], first)
-        else:
-            router.register_forward_hook(partial(_skip, operation=operation, renormalise=renormalise))
+                rows = tuple(sorted(operation.kept_rows()))  # each member holds the merged expert by now
+                _select([block.experts], rows)
+                _select([block, *router.modules()], rows)
+        elif isinstance(operation, Constant):
+            _constant(block.experts, operation, found)
+        elif isinstance(operation, Narrow):
+            _narrow(block.experts, found[operation.neurons].read())
+        elif isinstance(operation, Skip):
+            skip = LiveSkip(operation, block, operations, renormalise, found)
+            router.register_forward_hook(skip.router_hook)
+            if operation.protect is not None:
+                skip.watch_attention(attention)
 
 
 def _select(modules: list[Any], experts: tuple[int, ...]) -> None:
@@ -158,35 +193,79 @@ def _select(modules: list[Any], experts: tuple[int, ...]) -> None:
 
 
 @torch.no_grad()
-def _merge(experts: Any, merge: Merge) -> None:
-    for tensor in experts.parameters(recurse=False):  # [E, ...]
-        for group, weights in zip(merge.groups, merge.weights, strict=True):
-            if len(group) > 1:
-                merged = sum(w * tensor[e].double() for e, w in zip(group, weights, strict=True))
-                for expert in group:
-                    tensor[expert] = merged
+def _merge(experts: Any, merge: Merge, tensors: Mapping[str, PlanTensor]) -> None:
+    target = None if merge.neurons is None else tensors[merge.neurons].read()  # [E, F]
+    refitted = 0
+    for group, weights in zip(merge.groups, merge.weights, strict=True):
+        if len(group) == 1:
+            continue
+        for name, tensor in experts.named_parameters(recurse=False):  # [E, ...]
+            merged = sum(w * tensor[e].double() for e, w in zip(group, weights, strict=True))
+            if target is not None and (views := _neuron_views(experts, name, group[0])):
+                merged = tensor[group[0]].clone()
+                sums = [torch.zeros_like(view, dtype=torch.float64) for view in views]
+                share = torch.zeros(len(views[0]), dtype=torch.float64)
+                for e, w in zip(group, weights, strict=True):
+                    own = _neuron_views(experts, name, e)
+                    for m, n in enumerate(target[e].tolist()):
+                        share[n] += w
+                        for total, view in zip(sums, own, strict=True):
+                            total[n] += w * view[m].double()
+                for n, s in enumerate(share.tolist()):
+                    for total, view in zip(sums, _neuron_views(experts, name, None, merged), strict=True):
+                        view[n] = (total[n] / s).to(view.dtype)
+            if merge.down is not None and name == "down_proj":
+                down = torch.from_numpy(tensors[merge.down].row(refitted))  # [F, D]
+                merged = down if getattr(experts, "is_transposed", True) else down.T
+            for expert in group:
+                tensor[expert] = merged.to(tensor.dtype) if isinstance(merged, torch.Tensor) else merged
+        refitted += 1
 
 
-def _skip(router: nn.Module, inputs: Any, output: Routed, *, operation: Skip, renormalise: bool) -> Routed:
-    logits, weights, indices = output
-    changed = weights.float().clone()
-    for row in changed:  # one token's K weights
-        order = row.argsort(descending=True, stable=True)
-        descending = row[order].clone()
-        keep = next(i for i in range(1, len(row) + 1) if _enough(descending, i, operation))
-        row[order[keep:]] = 0
-        if renormalise and keep < len(row):
-            row *= descending.sum() / row.sum()
-    return logits, changed.to(weights.dtype), indices
+def _neuron_views(experts: Any, name: str, expert: int | None, given: Any = None) -> list[torch.Tensor]:
+    """Return what one expert's parameter holds of each neuron, as views [F, ...]: gate, then up, where it has both."""
+    tensor = getattr(experts, name)[expert] if given is None else given
+    transposed = getattr(experts, "is_transposed", True)  # Llama 4's module says nothing of its layout
+    if name == "down_proj":
+        return [tensor if transposed else tensor.T]
+    if name in ("gate_up_proj", "up_proj"):
+        tensor = tensor.T if transposed else tensor  # [2F or F, D]
+    elif name not in ("gate_up_proj_bias", "up_proj_bias"):
+        return []
+    if not name.startswith("gate_up"):
+        return [tensor]
+    return list(tensor.chunk(2)) if getattr(experts, "is_concatenated", True) else [tensor[::2], tensor[1::2]]
 
 
-def _enough(weights: torch.Tensor, kept: int, skip: Skip) -> bool:
-    """Whether the first `kept` of K descending weights suffice by the rule."""
-    if kept == len(weights):
-        return True
-    if skip.rule == "ratio":
-        return bool(weights[1] < skip.beta * weights[0])
-    return bool(weights[kept:].sum() <= skip.beta * weights.sum())
+def _constant(experts: Any, operation: Constant, tensors: Mapping[str, PlanTensor]) -> None:
+    """Let the experts named leave their work to a vector, one chosen pair at a time."""
+    vectors = dict(zip(operation.experts, tensors[operation.vectors].read(), strict=True))
+    stored = next(experts.parameters(recurse=False)).dtype
+    forward = experts.forward
+
+    def run(hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        left = weights.clone()
+        added = torch.zeros(hidden.shape, dtype=torch.float64)
+        for token, chosen in enumerate(indices.tolist()):
+            for k, expert in enumerate(chosen):
+                if expert in vectors:
+                    vector = torch.from_numpy(vectors[expert]).to(stored)  # rounded as the checkpoint is
+                    added[token] += weights[token, k].double() * vector.double()
+                    left[token, k] = 0
+        output: torch.Tensor = forward(hidden, indices, left)
+        return output + added.to(output.dtype)
+
+    experts.forward = run
+
+
+@torch.no_grad()
+def _narrow(experts: Any, kept: Any) -> None:
+    """Let nothing come of the neurons that are not in `kept` [E, F']."""
+    for expert, row in enumerate(kept):
+        (down,) = _neuron_views(experts, "down_proj", expert)
+        gone = torch.ones(len(down), dtype=torch.bool)
+        gone[row[row >= 0].tolist()] = False
+        down[gone] = 0
 
 
 class ActiveCount:

@@ -20,6 +20,20 @@ GATE_UP_DOWN = (
 W1_W3_W2 = ("experts.{expert}.w1.weight", "experts.{expert}.w3.weight", "experts.{expert}.w2.weight")
 
 
+@dataclass(frozen=True)
+class NeuronAxis:
+    """Where one expert's tensor on disk has its F neurons.
+
+    `dim` is the dimension, without that of the experts. `fold` says how it holds them: `one` (F entries), `halves`
+    (F of the gate, then F of the up projection) or `pairs` (gate and up of each neuron side by side). `down` marks
+    the down projection.
+    """
+
+    dim: int
+    fold: str = "one"
+    down: bool = False
+
+
 def every_layer(config: Config) -> list[int]:
     """Return all decoder layers."""
     return list(range(config["num_hidden_layers"]))
@@ -53,9 +67,12 @@ class Family:
     router: tuple[str, ...]  # tensors after `{block}.` whose first dimension is E; the weight first
     expert_keys: tuple[str, ...]  # config.json keys that may hold E; the first wins, as it does in transformers
     stacked: tuple[str, ...] = ()  # tensors after `{block}.` that hold all experts along their first dimension
+    # Of `experts`, or of `stacked`, in their order; None for a tensor without neurons.
+    neurons: tuple[NeuronAxis | None, ...] = (NeuronAxis(0), NeuronAxis(0), NeuronAxis(1, down=True))
     router_columns: tuple[str, ...] = ()  # tensors after `{block}.` whose last dimension is E
     top_k_key: str = "num_experts_per_tok"
     width_key: str = "moe_intermediate_size"
+    width_shared: bool = False  # whether dense layers or shared experts take their width from that key too
     module: str = "mlp"  # the MoE block in a live decoder layer
     router_module: str = "gate"
     renormalise: Callable[[Config], bool] = lambda config: bool(config.get("norm_topk_prob", False))
@@ -102,9 +119,17 @@ class Family:
         names = {name.rpartition(".")[0] for name in self.router_tensors(layer)} - {self.block.format(layer=layer)}
         return (f"{self.block.format(layer=layer)}.experts.", *(f"{name}." for name in sorted(names)))
 
+    def constants_tensor(self, layer: int) -> str:
+        """Name on disk of the vectors that stand for experts, which a checkpoint's own modelling code reads."""
+        return f"{self.block.format(layer=layer)}.constants"
+
     def expert_map_tensor(self, layer: int) -> str:
         """Name on disk of the expert map that a merged checkpoint's own modelling code reads."""
         return f"{self.block.format(layer=layer)}.expert_map"
+
+    def skip_factor_tensor(self, layer: int) -> str:
+        """Name on disk of the factors by which a checkpoint's own modelling code skips alike experts."""
+        return f"{self.block.format(layer=layer)}.skip_factor"
 
     def resize(self, config: Config, experts: int) -> Config:
         """Return config.json with E replaced in every key that holds it."""
@@ -129,7 +154,21 @@ def family_of(config: Config) -> Family:
     if model_type in names():
         family: Family = import_module(f"{__name__}.{model_type}").FAMILY
         return family
-    has_experts = any("expert" in key for key in config)
+    if model_type == "kimi_k2":
+        raise UserError(
+            "config.json: model_type='kimi_k2' is DeepSeek-V3's architecture, under a name that transformers does not "
+            'know. Write "model_type": "deepseek_v3" and "architectures": ["DeepseekV3ForCausalLM"] there, without '
+            '"auto_map", in your copy.'
+        )
+    text = config.get("text_config")
+    if isinstance(text, dict) and text.get("model_type") in names():
+        family = family_of(text)
+        raise UserError(
+            f"config.json: model_type={model_type!r} holds a language model ({family.model_type}) beside other parts, "
+            "and Espalier reads language models alone. Write it out first, and then its tokenizer: "
+            f"transformers.{family.architecture}.from_pretrained(SOURCE).save_pretrained(OUT)."
+        )
+    has_experts = any("expert" in key for key in (*config, *(text if isinstance(text, dict) else ())))
     if has_experts:
         raise UserError(
             f"config.json: model_type={model_type!r} is a Mixture-of-Experts family that Espalier does not know; "

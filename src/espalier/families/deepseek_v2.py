@@ -28,6 +28,7 @@ FAMILY = Family(
     block="model.layers.{layer}.mlp",
     experts=GATE_UP_DOWN,
     router=("gate.weight",),
+    width_shared=True,
     expert_keys=("num_experts", "n_routed_experts"),
     renormalise=lambda config: False,  # transformers does not read norm_topk_prob here
     moe_layers=layers_after_dense,

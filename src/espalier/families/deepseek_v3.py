@@ -13,6 +13,7 @@ FAMILY = Family(
     block="model.layers.{layer}.mlp",
     experts=GATE_UP_DOWN,
     router=("gate.weight", "gate.e_score_correction_bias"),
+    width_shared=True,
     expert_keys=("num_local_experts", "n_routed_experts"),
     renormalise=lambda config: bool(config.get("norm_topk_prob", True)),
     moe_layers=_moe_layers,

@@ -17,6 +17,7 @@ FAMILY = Family(
     experts=GATE_UP_DOWN,
     router=("gate.weight",),
     router_columns=("moe_statics.e_score_correction_bias",),  # [1, E]
+    width_shared=True,
     expert_keys=("num_experts", "moe_num_experts"),
     top_k_key="moe_k",
     renormalise=lambda config: True,

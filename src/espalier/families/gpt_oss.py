@@ -1,6 +1,6 @@
 """GPT-OSS in bf16: all experts of a block in one tensor, biases everywhere, softmax over the chosen logits."""
 
-from espalier.families import Family
+from espalier.families import Family, NeuronAxis
 
 FAMILY = Family(
     model_type="gpt_oss",
@@ -13,6 +13,7 @@ FAMILY = Family(
         "experts.down_proj",
         "experts.down_proj_bias",
     ),
+    neurons=(NeuronAxis(1, "pairs"), NeuronAxis(0, "pairs"), NeuronAxis(0, down=True), None),
     router=("router.weight", "router.bias"),
     expert_keys=("num_experts", "num_local_experts"),
     width_key="intermediate_size",

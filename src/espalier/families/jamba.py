@@ -14,6 +14,7 @@ FAMILY = Family(
     block="model.layers.{layer}.feed_forward",
     experts=GATE_UP_DOWN,
     router=("router.weight",),
+    width_shared=True,
     expert_keys=("num_local_experts", "num_experts"),
     width_key="intermediate_size",
     module="feed_forward",

@@ -1,7 +1,7 @@
 """Llama 4's language model on its own: the router scales the experts' input, and every expert runs on every token."""
 
 from espalier.errors import UserError
-from espalier.families import Config, Family
+from espalier.families import Config, Family, NeuronAxis
 
 
 def _moe_layers(config: Config) -> list[int]:
@@ -24,8 +24,10 @@ FAMILY = Family(
     block="model.layers.{layer}.feed_forward",
     experts=(),
     stacked=("experts.gate_up_proj", "experts.down_proj"),
+    neurons=(NeuronAxis(1, "halves"), NeuronAxis(0, down=True)),
     router=("router.weight",),
     expert_keys=("num_local_experts",),
+    width_shared=True,
     width_key="intermediate_size",
     module="feed_forward",
     router_module="router",

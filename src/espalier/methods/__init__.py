@@ -2,12 +2,18 @@
 
 from dataclasses import MISSING, fields
 from importlib import import_module
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from espalier.errors import UserError, nearest
+from espalier.fit_settings import Fitting
+from espalier.methods.budget import survivors
 from espalier.plan import Plan
 from espalier.shape import ModelShape
 from espalier.stats import Stats
+
+if TYPE_CHECKING:
+    from espalier.experts import ExpertWeights
 
 
 class Method(Protocol):
@@ -15,14 +21,103 @@ class Method(Protocol):
 
     `probes` names the statistics it needs (`espalier.probes`). `plan` is pure and deterministic: equal
     evidence gives an equal plan, ties go to the lower expert id, and permuting experts permutes the plan.
+    A method that needs something learnt has a property `fit`, a `Fitting`, and finds it among the statistics under the
+    fitting's name. A method that also looks at weights is a `WeightMethod`. A method may have `check(shape, tokens)`,
+    which raises the UserErrors that can be known before anything is collected, from the model's shape and the number
+    of tokens (0: not known).
     """
 
-    probes: ClassVar[tuple[str, ...]]
+    @property
+    def probes(self) -> tuple[str, ...]: ...
 
     def plan(self, stats: Stats, shape: ModelShape) -> Plan: ...
 
 
-def build(config: dict[str, Any]) -> Method:
+class WeightMethod(Protocol):
+    """A method whose plan also depends on the model's weights, which it reads a layer at a time."""
+
+    reads_weights: ClassVar[bool]  # True
+
+    @property
+    def probes(self) -> tuple[str, ...]: ...
+
+    def plan(self, stats: Stats, shape: ModelShape, experts: "ExpertWeights") -> Plan: ...
+
+
+class ComparingMethod(Protocol):
+    """A method that also looks at the weights of a second model, which its key `base` names."""
+
+    reads_weights: ClassVar[bool]  # True
+    base: str | None
+
+    @property
+    def probes(self) -> tuple[str, ...]: ...
+
+    def plan(self, stats: Stats, shape: ModelShape, experts: "ExpertWeights", base: "ExpertWeights") -> Plan: ...
+
+
+AnyMethod = Method | WeightMethod | ComparingMethod
+
+
+def base_of(method: AnyMethod) -> str | None:
+    """Return what names the second model of a method, or None if it needs none; UserError when it is not named."""
+    if "base" not in {f.name for f in fields(cast(Any, method))}:
+        return None
+    base: str | None = cast(ComparingMethod, method).base
+    if not base:
+        where = type(method).__module__.rpartition(".")[2]
+        raise UserError(
+            f"conf/method/{where}.yaml: base is not given. Name the model that this one was fine-tuned from: "
+            "base=DIRECTORY or base=ORG/NAME@COMMIT."
+        )
+    return base
+
+
+def make_plan(method: AnyMethod, stats: Stats, shape: ModelShape, directory: Path, base: Path | None = None) -> Plan:
+    """Return the method's plan for the checkpoint in `directory`, checked against `shape`.
+
+    `base` is the directory of the second model, for a method that has one.
+    """
+    if getattr(method, "reads_weights", False):
+        from espalier.experts import ExpertWeights
+
+        experts = ExpertWeights(directory)
+        if base is not None:
+            return cast(ComparingMethod, method).plan(stats, shape, experts, ExpertWeights(base)).check(shape)
+        return cast(WeightMethod, method).plan(stats, shape, experts).check(shape)
+    return cast(Method, method).plan(stats, shape).check(shape)
+
+
+def check(method: AnyMethod, shape: ModelShape, tokens: int | None) -> None:
+    """Raise the UserErrors of a method that need no statistics, for `tokens` calibration tokens (None: not known).
+
+    A method without a `check` of its own has its `ratio` checked, if it has one.
+    """
+    own = getattr(method, "check", None)
+    if own is not None:
+        own(shape, tokens or 0)
+    elif hasattr(method, "ratio"):
+        survivors(method.ratio, shape, f"conf/method/{type(method).__module__.rpartition('.')[2]}.yaml")
+
+
+def is_sequential(method: AnyMethod) -> bool:
+    """Whether a method decides layer by layer while the model runs (`espalier.sequential`), without statistics."""
+    return getattr(method, "sequential", False) is True
+
+
+def fit_of(method: AnyMethod) -> Fitting | None:
+    """Return the settings of what a method needs to be learnt, or None if it needs nothing (`espalier.fit`)."""
+    fit: Fitting | None = getattr(method, "fit", None)
+    return fit
+
+
+def evidence_of(method: AnyMethod) -> tuple[str, ...]:
+    """Return the names under which a method finds arrays in its statistics: its probes, then what is learnt."""
+    fit = fit_of(method)
+    return (*method.probes, *(() if fit is None else (fit.name,)))
+
+
+def build(config: dict[str, Any]) -> AnyMethod:
     """Instantiate the class that `_target_` names with the other keys but `name`.
 
     UserError on an unknown or missing key, naming the YAML and the keys that exist.
@@ -42,5 +137,5 @@ def build(config: dict[str, Any]) -> Method:
     for key, f in known.items():
         if key not in given and f.default is MISSING and f.default_factory is MISSING:
             raise UserError(f"{where}: key {key!r} has no value. Give {key}=... .")
-    method: Method = cls(**given)
+    method: AnyMethod = cls(**given)
     return method

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.distance import pdist, squareform
 
 Floats = NDArray[np.float64]
 
@@ -19,15 +18,16 @@ LINKAGES: dict[str, Callable[[Floats, Floats, float, int, int, NDArray[np.int64]
 }
 
 
-def linkage_matrix(points: Floats, linkage: str) -> Floats:
-    """Return all N - 1 merges of the rows of `points` [N, D] by Euclidean distance, as SciPy writes them.
+def linkage_matrix(distances: Floats, linkage: str) -> Floats:
+    """Return all N - 1 merges of N points by their `distances` [N, N], as SciPy writes them.
 
     Row s holds the labels of the two clusters that merge, their distance and the new size; the new cluster
     gets label N + s. Equal to `scipy.cluster.hierarchy.linkage` but for ties, which SciPy breaks by its
-    search order: here the pair whose smallest members (i, j) come first wins.
+    search order: here the pair whose smallest members (i, j) come first wins. `ward` has a meaning for Euclidean
+    distances only.
     """
-    n = len(points)
-    distance = squareform(pdist(points))  # [N, N]; row i stands for the cluster whose smallest member is i
+    n = len(distances)
+    distance = distances.astype(np.float64)  # a copy; row i stands for the cluster whose smallest member is i
     np.fill_diagonal(distance, np.inf)
     size, label = np.ones(n, np.int64), np.arange(n)
     merges = np.empty((n - 1, 4))

@@ -6,7 +6,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.plan import Merge
+from espalier.operations import Merge
+from espalier.stats import Stats
+
+
+def used(stats: Stats, layer: int, freq_topk: str | int) -> NDArray[np.int64]:
+    """Return how often each expert was chosen [E]: by the model (`model`) or by the two largest logits (2)."""
+    counts: NDArray[np.int64] = stats.layer("usage", layer)["counts" if freq_topk == "model" else "top2_counts"]
+    return counts
 
 
 def merge_groups(groups: Iterable[Iterable[int]], counts: NDArray[Any] | None, router: str) -> Merge:

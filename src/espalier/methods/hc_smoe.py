@@ -10,26 +10,45 @@ Clusters merge by average linkage until r are left; the router keeps its E rows,
 """
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from numpy.typing import NDArray
 
-from espalier.methods.agglomerate import LINKAGES, cut, linkage_matrix
-from espalier.methods.grouping import group_counts, merge_groups
+from espalier.errors import UserError
+from espalier.methods.agglomerate import LINKAGES, Floats, cut, linkage_matrix
+from espalier.methods.budget import survivors
+from espalier.methods.cluster_budget import BUDGETS, GLOBAL_BY, by_linkage, by_loss, by_usage, loss_curve
+from espalier.methods.evidence import Evidence
+from espalier.methods.grouping import group_counts, used
+from espalier.methods.merge_rules import RULES, check_rule, merge_by_rule, reads_weights, rule_probes
 from espalier.methods.options import one_of
-from espalier.plan import ROUTERS, Plan, survivors
+from espalier.methods.similarity import DISTANCES, SIMILARITIES, distances, squares
+from espalier.operations import ROUTERS
+from espalier.plan import Plan
+from espalier.plan_tensors import PlanTensor
 from espalier.shape import ModelShape
 from espalier.stats import Stats
+
+if TYPE_CHECKING:
+    from espalier.experts import ExpertWeights
+
+WHERE = "conf/method/hc_smoe.yaml"
 
 
 @dataclass(frozen=True)
 class HcSmoe:
-    """Merge experts of similar mean output, the same number of clusters in every layer.
+    """Merge experts that are alike.
 
+    `similarity` and `distance`: see `espalier.methods.similarity`; `merge`: see `espalier.methods.merge_rules`.
     `linkage` is what its name says in the literature; the paper's code differs in two: its `complete` merges
     the farthest pair, its `ward` weighs an un-squared distance. `freq_topk="model"` counts the K experts that
-    the model runs, 2 the two largest logits, as the paper's code does for every model; it is read where
-    `merge="frequency"`. A ratio that leaves fewer clusters than the router picks experts is refused.
+    the model runs, 2 the two largest logits, as the paper's code does for every model.
+
+    `budget="uniform"` leaves r clusters in every layer. The others leave as many in total: `global` with
+    `global_by="usage"` gives a layer as many as it has among the r L most used experts of all L layers (the paper's
+    code, which may leave a layer none), with `global_by="linkage"` one cut through the dendrograms of all layers;
+    `knapsack` the numbers with the least sum of within-cluster losses. A layer keeps at least what its router picks,
+    and a ratio that leaves fewer is refused.
     """
 
     ratio: float
@@ -39,30 +58,81 @@ class HcSmoe:
     merge: str = "frequency"
     freq_topk: str | int = "model"
     router: str = "remap"
-    probes: ClassVar[tuple[str, ...]] = ("mean_output", "usage")
+    budget: str = "uniform"
+    global_by: str = "usage"
 
     def __post_init__(self) -> None:
-        one_of("hc_smoe", "similarity", self.similarity, ("expert_output",))
-        one_of("hc_smoe", "distance", self.distance, ("euclidean",))
+        one_of("hc_smoe", "similarity", self.similarity, tuple(SIMILARITIES))
+        one_of("hc_smoe", "distance", self.distance, DISTANCES)
         one_of("hc_smoe", "linkage", self.linkage, tuple(LINKAGES))
-        one_of("hc_smoe", "merge", self.merge, ("frequency", "average"))
+        one_of("hc_smoe", "merge", self.merge, RULES)
         one_of("hc_smoe", "freq_topk", self.freq_topk, ("model", 2))
         one_of("hc_smoe", "router", self.router, ROUTERS)
+        one_of("hc_smoe", "budget", self.budget, BUDGETS)
+        one_of("hc_smoe", "global_by", self.global_by, GLOBAL_BY)
+        if self.linkage == "ward" and self.distance != "euclidean":
+            raise UserError(
+                f"{WHERE}: linkage=ward needs distance=euclidean, not {self.distance}. Use linkage=average."
+            )
 
-    def plan(self, stats: Stats, shape: ModelShape) -> Plan:
-        """Evidence per layer: the whole linkage matrix, the heights on both sides of the cut, groups' counts."""
-        clusters = survivors(self.ratio, shape, "conf/method/hc_smoe.yaml")
+    @property
+    def probes(self) -> tuple[str, ...]:
+        return (*SIMILARITIES[self.similarity], "usage", *rule_probes(self.merge))
+
+    @property
+    def reads_weights(self) -> bool:
+        return self.similarity == "weight" or reads_weights(self.merge)
+
+    def check(self, shape: ModelShape, tokens: int) -> None:
+        """Raise UserError for a ratio or a merge rule that does not fit the model."""
+        survivors(self.ratio, shape, WHERE)
+        check_rule(self.merge, shape, WHERE)
+
+    def plan(self, stats: Stats, shape: ModelShape, experts: "ExpertWeights | None" = None) -> Plan:
+        """Evidence per layer: the whole linkage matrix, the heights on both sides of the cut, groups' counts, and
+        the within-cluster loss of the cut (`cluster_budget.loss_curve`).
+        """
+        self.check(shape, stats.tokens)
+        clusters = survivors(self.ratio, shape, WHERE)
+        evidence_of = Evidence(stats, shape, experts)
+        square, merges, counts = {}, {}, {}
+        for layer in shape.layers:
+            found = distances(self.similarity, self.distance, layer, stats, shape, experts)
+            square[layer] = squares(found, self.distance)
+            merges[layer] = linkage_matrix(found, self.linkage)
+            counts[layer] = used(stats, layer, self.freq_topk)
+        curves = {layer: loss_curve(merges[layer], square[layer], counts[layer]) for layer in shape.layers}
+        sizes = self._sizes(merges, counts, curves, shape, clusters)
         layers, evidence = {}, {}
-        for layer, arrays in stats.layers("mean_output"):
-            usage = stats.layer("usage", layer)
-            counts = usage["counts" if self.freq_topk == "model" else "top2_counts"]
-            merges = linkage_matrix(arrays["all_tokens"].astype(np.float64), self.linkage)
-            done = shape.experts - clusters
-            merge = merge_groups(cut(merges, clusters), counts if self.merge == "frequency" else None, self.router)
+        tensors: dict[str, PlanTensor] = {}
+        for layer, size in sizes.items():
+            groups = cut(merges[layer], size)
+            merge, own = merge_by_rule(
+                self.merge, layer, groups, counts[layer], square[layer], self.router, evidence_of, WHERE
+            )
             layers[layer] = (merge,)
+            tensors |= own
+            done = shape.experts - size
             evidence[layer] = {
-                "linkage": merges.tolist(),
-                "cut_heights": merges[done - 1 : done + 1, 2].tolist(),
-                "group_counts": group_counts(merge, counts),
+                "linkage": merges[layer].tolist(),
+                "cut_heights": merges[layer][max(done - 1, 0) : done + 1, 2].tolist(),
+                "group_counts": group_counts(merge, counts[layer]),
+                "loss": float(curves[layer][size]),
             }
-        return Plan({"name": "hc_smoe"} | asdict(self), layers, evidence)
+        return Plan({"name": "hc_smoe"} | asdict(self), layers, evidence, tensors=tensors)
+
+    def _sizes(
+        self,
+        merges: dict[int, Floats],
+        counts: dict[int, NDArray[Any]],
+        curves: dict[int, Floats],
+        shape: ModelShape,
+        clusters: int,
+    ) -> dict[int, int]:
+        """Return the number of clusters of each layer."""
+        total = clusters * len(merges)
+        if self.budget == "knapsack":
+            return by_loss(curves, shape, total)
+        if self.budget == "global":
+            return by_usage(counts, shape, total) if self.global_by == "usage" else by_linkage(merges, shape, total)
+        return dict.fromkeys(merges, clusters)

@@ -8,16 +8,18 @@ Lu et al., "Not All Experts are Equal", ACL 2024 (arXiv 2402.14800), section 3.3
 
 The paper sets beta for K = 2 only, so that about half of the experts that could be skipped are skipped.
 For K > 2 the same is ours: beta is the median of all T (K - 1) tails, which leaves (K + 1) / 2 experts a token.
+`rule=ratio` generalises the first rule instead: every expert with w_j < beta w_1 is left out.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from espalier.errors import UserError
-from espalier.plan import Plan, Skip
+from espalier.methods.options import one_of
+from espalier.methods.thresholds import check_budget, check_keys, cut_values, kept, threshold_for
+from espalier.operations import Skip
+from espalier.plan import Plan
 from espalier.shape import ModelShape
 from espalier.stats import Stats
 
@@ -28,59 +30,38 @@ WHERE = "conf/method/naee_skip.yaml"
 class NaeeSkip:
     """Skip experts by a threshold per layer: the median, one number for all layers, or a wanted mean of experts.
 
-    To skip in a pruned model, collect the statistics on the pruned model, as the paper does.
+    `rule="auto"` is `ratio` for K = 2, where both are one rule up to the scale of beta, and else `tail`. To skip in a
+    pruned model, collect the statistics on the pruned model, as the paper does.
     """
 
     beta: float | None = None
     mean_k: float | None = None
-    probes: ClassVar[tuple[str, ...]] = ("gate_ratio",)
+    rule: str = "auto"
+    probes: ClassVar[tuple[str, ...]] = ("routing",)
 
     def __post_init__(self) -> None:
-        if self.beta is not None and self.mean_k is not None:
-            raise UserError(f"{WHERE}: beta={self.beta} and mean_k={self.mean_k} exclude each other. Give one.")
-        if self.beta is not None and not (_is_number(self.beta) and 0 <= self.beta <= 1):
-            raise UserError(f"{WHERE}: beta={self.beta} is not a number in 0..1, nor null for the median.")
+        check_keys(WHERE, "beta", self.beta, self.mean_k, "the median")
+        one_of("naee_skip", "rule", self.rule, ("auto", "ratio", "tail"))
+
+    def check(self, shape: ModelShape, tokens: int) -> None:
+        """Raise UserError when there is nothing to skip or mean_k cannot be met."""
+        check_budget(WHERE, self.mean_k, shape)
 
     def plan(self, stats: Stats, shape: ModelShape) -> Plan:
         """Evidence per layer: beta and the mean number of experts a token keeps on the calibration."""
-        if shape.top_k < 2:
-            raise UserError(f"{WHERE}: the router picks top_k={shape.top_k}; skipping needs at least 2.")
-        if self.mean_k is not None and not (_is_number(self.mean_k) and 1 <= self.mean_k <= shape.top_k):
-            raise UserError(f"{WHERE}: mean_k={self.mean_k} lies outside 1..top_k={shape.top_k}.")
-        rule = "ratio" if shape.top_k == 2 else "tail"  # also the name of the array that beta cuts
+        self.check(shape, stats.tokens)
+        rule = self.rule if self.rule != "auto" else "ratio" if shape.top_k == 2 else "tail"
         layers, evidence = {}, {}
-        for layer, arrays in stats.layers("gate_ratio"):
-            tokens = len(arrays[rule])
-            values = np.sort(arrays[rule].astype(np.float64), axis=None)  # [T (K - 1)], ascending
+        for layer, arrays in stats.layers("routing"):
+            tokens = len(arrays["weights"])
+            values = np.sort(cut_values(rule, arrays["weights"]), axis=None)  # [T (K - 1)]
             if self.mean_k is not None:
-                beta = _beta_for(values, rule, (self.mean_k - 1) * tokens)
+                beta = threshold_for(values, rule, (self.mean_k - 1) * tokens)
             else:
                 beta = float(np.median(values)) if self.beta is None else float(self.beta)
             layers[layer] = (Skip(beta, rule),)
-            kept = float(_kept(values, rule, np.array([beta]))[0])
-            evidence[layer] = {"beta": beta, "experts_per_token": 1 + kept / tokens}
+            evidence[layer] = {
+                "beta": beta,
+                "experts_per_token": 1 + int(kept(values, rule, np.array([beta]))[0]) / tokens,
+            }
         return Plan({"name": "naee_skip"} | asdict(self), layers, evidence)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _kept(values: NDArray[np.float64], rule: str, beta: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Number of experts beyond the first that each beta keeps, summed over tokens.
-
-    A token's tails descend, so it keeps one expert more than it has tails above beta.
-    """
-    # skipped: ratio < beta, but tail <= beta
-    return values.size - np.searchsorted(values, beta, side="left" if rule == "ratio" else "right")
-
-
-def _beta_for(values: NDArray[np.float64], rule: str, wanted: float) -> float:
-    """Return the beta that keeps nearest to `wanted` experts beyond the first; of two, the one that keeps more.
-
-    Between two neighbouring observed values any beta decides alike; their middle is farthest from rounding.
-    """
-    distinct = np.unique(values)
-    middles = (distinct[1:] + distinct[:-1]) / 2
-    candidates = np.concatenate([[0.0], middles, [(distinct[-1] + 1) / 2]])
-    return float(candidates[np.argmin(np.abs(_kept(values, rule, candidates) - wanted))])

@@ -27,3 +27,19 @@ def softmax_router(where: str, shape: ModelShape, what: str, remedy: str, *, pla
     fits = shape.router == "softmax" if plain else shape.router.startswith("softmax")
     if not fits:
         raise UserError(f"{where}: {what}, but the router of {shape.family} is {shape.router}. {remedy}")
+
+
+def fraction(method: str, ratio: Any, of: int, what: str) -> int:
+    """Return round(ratio * of), the number of `what` to remove.
+
+    UserError unless ratio is in (0, 1) and removes at least one, but not all.
+    """
+    where = f"conf/method/{method}.yaml: ratio={ratio}"
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+        raise UserError(f"{where} is not a fraction in (0, 1) of {what} to remove.")
+    removed = round(ratio * of)
+    if removed == 0:
+        raise UserError(f"{where} removes none of {of} {what}. Use ratio >= {1 / of:g}.")
+    if removed == of:
+        raise UserError(f"{where} leaves none of {of} {what}. Use ratio <= {int((of - 1) / of * 1000) / 1000:g}.")
+    return removed

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from numpy.typing import NDArray
 
 from espalier.methods.options import one_of, softmax_router
-from espalier.methods.ranking import keep_best, mean
+from espalier.methods.ranking import BUDGETS, keep_best, mean
 from espalier.plan import Plan
 from espalier.shape import ModelShape
 from espalier.stats import Stats
@@ -29,16 +29,18 @@ class Reap:
 
     ratio: float
     weights: str = "model"
+    budget: str = "uniform"
     probes: ClassVar[tuple[str, ...]] = ("output_norm",)
 
     def __post_init__(self) -> None:
+        one_of("reap", "budget", self.budget, BUDGETS)
         one_of("reap", "weights", self.weights, ("model", "published"))
 
     def plan(self, stats: Stats, shape: ModelShape) -> Plan:
         if self.weights == "published":
             what = "weights=published is the softmax of the logits"
             softmax_router("conf/method/reap.yaml", shape, what, "Use weights=model.")
-        return keep_best({"name": "reap"} | asdict(self), self._scores(stats), shape)
+        return keep_best({"name": "reap"} | asdict(self), self._scores(stats), shape, budget=self.budget)
 
     def _scores(self, stats: Stats) -> Iterator[tuple[int, NDArray[Any]]]:
         total = "gate_norm_sum" if self.weights == "model" else "probability_norm_sum"

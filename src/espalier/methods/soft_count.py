@@ -9,8 +9,8 @@ sums the same scores but ranks them over all layers:
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-from espalier.methods.options import softmax_router
-from espalier.methods.ranking import keep_best
+from espalier.methods.options import one_of, softmax_router
+from espalier.methods.ranking import BUDGETS, keep_best
 from espalier.plan import Plan
 from espalier.shape import ModelShape
 from espalier.stats import Stats
@@ -21,10 +21,14 @@ class SoftCount:
     """Keep the experts of the highest summed router probability over all tokens, chosen or not."""
 
     ratio: float
+    budget: str = "uniform"
     probes: ClassVar[tuple[str, ...]] = ("usage",)
+
+    def __post_init__(self) -> None:
+        one_of("soft_count", "budget", self.budget, BUDGETS)
 
     def plan(self, stats: Stats, shape: ModelShape) -> Plan:
         what = "the score is the softmax of the logits"
         softmax_router("conf/method/soft_count.yaml", shape, what, "Use method=reap or frequency.")
         scores = ((layer, arrays["probability_sum"]) for layer, arrays in stats.layers("usage"))
-        return keep_best({"name": "soft_count"} | asdict(self), scores, shape)
+        return keep_best({"name": "soft_count"} | asdict(self), scores, shape, budget=self.budget)

@@ -1,0 +1,34 @@
+"""Probes: what a calibration pass adds up of each MoE block, as the arrays that methods read; one file each.
+
+One instance observes one layer. All sums are float64; only tokens that the attention mask keeps count.
+"""
+
+from espalier.probes.coactivation import Coactivation
+from espalier.probes.inputs import Inputs
+from espalier.probes.logit_gram import LogitGram
+from espalier.probes.mean_output import MeanOutput
+from espalier.probes.neuron_energy import NeuronEnergy
+from espalier.probes.output_norm import OutputNorm
+from espalier.probes.probe import Arrays, Probe
+from espalier.probes.residual_gram import ResidualGram
+from espalier.probes.routed_moments import RoutedMoments
+from espalier.probes.routing import Routing
+from espalier.probes.token_importance import TokenImportance
+from espalier.probes.usage import Usage
+
+__all__ = ["PROBES", "Arrays", "Probe"]
+
+# In this order they see a trace: residual_gram after mean_output, whose outputs it can then share.
+PROBES: dict[str, type[Probe]] = {
+    "usage": Usage,
+    "output_norm": OutputNorm,
+    "routed_moments": RoutedMoments,
+    "neuron_energy": NeuronEnergy,
+    "logit_gram": LogitGram,
+    "coactivation": Coactivation,
+    "routing": Routing,
+    "token_importance": TokenImportance,
+    "inputs": Inputs,
+    "mean_output": MeanOutput,
+    "residual_gram": ResidualGram,
+}
