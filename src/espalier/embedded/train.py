@@ -1,22 +1,20 @@
 """Train the embedded OLMoE model: `python -m espalier.embedded.train --corpora DIR --out DIR --steps N`.
 
 AdamW with a flat then linearly falling rate, the per-layer balance loss of `espalier.embedded.balance`, fp32
-unless --bf16 (faster only where the processor has bf16 instructions). State is kept in OUT/state (safetensors
-and JSON); running the same command again resumes from it, and gives the batches that an uninterrupted run
-would have given.
+unless --bf16 (faster only where the processor has bf16 instructions). The loop is that of `espalier.train`, its state
+OUT/state/training.safetensors; running the same command again resumes from it, and gives the batches that an
+uninterrupted run would have given.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerBase
@@ -26,15 +24,16 @@ from espalier.embedded.balance import layer_balance, router_outputs
 from espalier.embedded.documents import DOMAINS, read_jsonl
 from espalier.embedded.tokenizer import train_tokenizer
 from espalier.embedded.windows import perplexity, token_stream, windows
-from espalier.errors import UserError
-from espalier.store import atomic_directory, read_json, write_json
+from espalier.errors import InterruptedWork, UserError
+from espalier.store import atomic_directory
+from espalier.train import Step, Training, TrainingState, interruption
+from espalier.train import train as run_training
 
 MIX = (0.35, 0.25, 0.20, 0.20)  # share of the sequences drawn from each of DOMAINS
 BALANCE = 0.01  # weight of the summed per-layer balance loss
 FLAT = 0.6  # share of the steps after which the rate falls linearly to zero
 WARM_UP = 100  # steps
 CONTEXT = 512  # positions of the model
-FORMAT = "espalier.training/1"
 
 
 @dataclass(frozen=True)
@@ -98,74 +97,32 @@ def draw_batch(streams: list[Tensor], run: Run, step: int) -> Tensor:
     return torch.stack(rows)
 
 
-def rate_at(step: int, run: Run) -> float:
-    """Learning rate of a step: linear warm-up, flat, then linear to zero."""
-    warm_up = min(WARM_UP, run.steps // 10)
-    falling = (run.steps - step) / ((1 - FLAT) * run.steps)
-    return run.rate * min(1.0, (step + 1) / (warm_up + 1), falling)
+def settings(run: Run) -> Training:
+    """AdamW with weight decay on matrices: linear warm-up, flat, then linear to zero."""
+    return Training(
+        rate=run.rate,
+        steps=run.steps,
+        warm_up=min(WARM_UP, run.steps // 10),
+        schedule="linear",
+        flat=FLAT,
+        weight_decay=0.1,
+        bf16=run.bf16,
+        seed=run.seed,
+    )
 
 
-def make_optimizer(model: OlmoeForCausalLM, rate: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+def continues(before: dict[str, Any], done: int, run: Run, path: Path) -> bool:
+    """Whether a saved state goes on to `run`: always, or UserError when it belongs to another run.
 
-
-def train_step(
-    model: Callable[..., Any],
-    optimizer: torch.optim.Optimizer,
-    input_ids: Tensor,
-    routed: list[tuple[Tensor, Tensor]],
-    bf16: bool,
-) -> tuple[float, float]:
-    """One update on `input_ids` [B, L]; returns (cross entropy in nats, mean balance over layers)."""
-    routed.clear()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        logits = model(input_ids=input_ids, use_cache=False).logits
-    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
-    balance = torch.stack([layer_balance(*output) for output in routed])
-    torch.autograd.backward(loss + BALANCE * balance.sum())
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.item(), balance.mean().item()
-
-
-def save_state(directory: Path, model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, step: int, run: Run) -> None:
-    """Replace `directory` by the model, the optimizer's moments and the step, without pickle."""
-    named = dict(model.named_parameters())
-    moments = {f"{name}/{key}": value.clone() for name, p in named.items() for key, value in optimizer.state[p].items()}
-    with atomic_directory(directory) as partial:
-        save_file({name: p.detach() for name, p in named.items()}, partial / "model.safetensors")
-        save_file(moments, partial / "optimizer.safetensors")
-        write_json(partial / "run.json", {"format": FORMAT, "step": step, "run": asdict(run)})
-
-
-def load_state(directory: Path, model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, run: Run) -> int:
-    """Restore a state written by `save_state`; returns the number of steps already done.
-
-    Raises UserError when the state belongs to another run; only `steps` may differ, while the rate is still flat
-    under both numbers of steps.
+    Only `steps` may differ, while the rate is still flat under both numbers of steps.
     """
-    record = read_json(directory / "run.json", FORMAT)
-    before, done = record["run"], int(record["step"])
     still_flat = done <= FLAT * min(before["steps"], run.steps)
     if {**before, "steps": run.steps} != asdict(run) or (before["steps"] != run.steps and not still_flat):
         raise UserError(
-            f"{directory}: {done} steps were trained with {before}, asked for {asdict(run)}; "
+            f"{path}: {done} steps were trained with {before}, asked for {asdict(run)}; "
             "use the same options or another --out"
         )
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in load_file(directory / "model.safetensors").items():
-            named[name].copy_(tensor)
-    for key, tensor in load_file(directory / "optimizer.safetensors").items():
-        name, _, moment = key.rpartition("/")
-        optimizer.state[named[name]][moment] = tensor
-    return done
+    return True
 
 
 def export(directory: Path, model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -197,49 +154,49 @@ def train(
     torch.manual_seed(run.seed)
     model = OlmoeForCausalLM(model_config(tokenizer))
     model.train()
-    optimizer = make_optimizer(model, run.rate)
-    first = 0
-    if (out / "state").is_dir():
-        first = load_state(out / "state", model, optimizer, run)
-        print(f"resumed after step {first}", flush=True)
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {torch.get_num_threads()} threads", flush=True)
     stepped = torch.compile(model) if compiled else model
-    started = saved = time.monotonic()
-    losses: list[float] = []
-    balances: list[float] = []
+    started, recent = time.monotonic(), list[Step]()
+
+    def losses(model: OlmoeForCausalLM, input_ids: Tensor) -> dict[str, Tensor]:
+        routed.clear()
+        logits = stepped(input_ids=input_ids, use_cache=False).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+        balance = torch.stack([layer_balance(*output) for output in routed])
+        return {"loss": loss, "balance": BALANCE * balance.sum()}
 
     def report(done: int) -> dict[str, float]:
         found = {domain: perplexity(model, ids) for domain, ids in held_out.items()}
         line = [f"step {done}"]
-        if losses:  # none when a finished run is asked for again
-            speed = (done - first) * run.batch * run.length / (time.monotonic() - started)
-            line.append(f"loss {sum(losses) / len(losses):.3f} balance {sum(balances) / len(balances):.3f}")
+        if recent:  # none when a finished run is asked for again
+            speed = len(recent) * run.batch * run.length / (time.monotonic() - started)
+            loss, balance = (sum(step.terms[name] for step in recent) / len(recent) for name in ("loss", "balance"))
+            line.append(f"loss {loss:.3f} balance {balance / BALANCE / len(routed):.3f}")
             line.append(f"tokens/s {speed:.0f}")
         line += ["perplexity", *(f"{domain} {value:.2f}" for domain, value in found.items())]
         print(" ".join(line), flush=True)
-        losses.clear()
-        balances.clear()
         return found
 
-    with router_outputs(model) as routed:
-        for step in range(first, run.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(step, run)
-            loss, balance = train_step(stepped, optimizer, draw_batch(streams, run, step), routed, run.bf16)
-            losses.append(loss)
-            balances.append(balance)
-            done = step + 1
-            if done == run.steps:
-                break
-            if done % report_every == 0:
-                report(done)
-            if time.monotonic() - saved > 60 * save_minutes:
-                save_state(out / "state", model, optimizer, done, run)
-                export(out / "model", model, tokenizer)
-                saved = time.monotonic()
+    def after(step: Step) -> None:
+        recent.append(step)
+        if step.done % report_every == 0 and step.done < run.steps:
+            report(step.done)
+            recent.clear()
+
+    def saved(done: int) -> None:
+        if done < run.steps:  # the last state's model is written below
+            export(out / "model", model, tokenizer)
+
+    path = out / "state" / "training.safetensors"
+    state = TrainingState(
+        path, asdict(run), 60 * save_minutes, lambda before, done: continues(before, done, run, path), saved
+    )
+    with router_outputs(model) as routed, interruption() as stop:
+        run_training(
+            model, losses, lambda step: draw_batch(streams, run, step), settings(run), state=state, stop=stop,
+            after=after,
+        )  # fmt: skip
         found = report(run.steps)
-    if first < run.steps:
-        save_state(out / "state", model, optimizer, run.steps, run)
     export(out / "model", model, tokenizer)
     return found
 
@@ -279,6 +236,8 @@ def main() -> None:
         )
     except UserError as error:
         parser.exit(2, f"{error}\n")
+    except InterruptedWork as stopped:
+        parser.exit(128 + stopped.number, f"{stopped}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,244 @@
+"""Router tuning: freeze a checkpoint but for its routers and train those; resumable, stopped between steps.
+
+Objectives: `lm`, `distill` and `layerwise`, see `tune_settings.Tuning`. Trained are the routers' weights and, where a
+family has them, biases; the correction bias of sigmoid routers only chooses, gets no gradient and stays as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from espalier.checkpoint import Checkpoint
+from espalier.errors import UserError
+from espalier.families import Family
+from espalier.running import Running
+from espalier.runtime import load, moe_blocks, skeleton
+from espalier.teacher import Teacher
+from espalier.train import Step, Trained, Training, TrainingState, interruption, shuffled, train
+from espalier.tune_checkpoint import write_tuned
+from espalier.tune_layerwise import LayerwiseTuner
+from espalier.tune_losses import divergence, entropy, next_token, router_logits
+from espalier.tune_settings import Tuning
+from espalier.weights import WeightMap
+
+FORMAT = "espalier.tuning/1"
+
+Log = Callable[[Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tuning text: `ids` int [N, L], `mask` [N, L] or None, and how it is called in the model card."""
+
+    ids: NDArray[Any]
+    mask: NDArray[Any] | None = None
+    name: str = "tokens"
+
+
+def tune(
+    source: Path,
+    out: Path,
+    tuning: Tuning,
+    text: Text,
+    running: Running,
+    state: Path,
+    *,
+    dtype: str = "float32",
+    original: Path | None = None,
+    teacher: Path | None = None,
+    node: str | None = None,
+    replace: bool = False,
+    log: Log | None = None,
+) -> dict[str, Any]:
+    """Write the checkpoint `source` with tuned routers to `out`.
+
+    `original` is the uncompressed model (layerwise), `teacher` what `save_teacher` wrote of it (distill), `dtype` what
+    models compute in. `state` is a folder for an interrupted call: the same call goes on from it, on a processor to the
+    same bytes; the caller removes it when the result is safe. `log` hears named numbers of each step.
+
+    Returns `parameters` (tuned), `steps`, `loss` (first and last tenth of the curve) and what `write_tuned` does.
+    UserError for a model without routers, one that does not fit into memory (lm, distill), tokens that are too few, a
+    teacher for other tokens; InterruptedWork after a signal, with the state saved.
+    """
+    checkpoint = Checkpoint(source)
+    names = tuned_names(source, dtype, tuning.norms)
+    training = _training(tuning, text.ids.shape[1])
+    log = log or (lambda values: None)
+    digest = hashlib.sha256(np.ascontiguousarray(text.ids).tobytes())
+    digest.update(b"" if text.mask is None else np.ascontiguousarray(text.mask).tobytes())
+    identity: dict[str, Any] = {
+        "files": checkpoint.fingerprint,
+        "tokens": digest.hexdigest(),
+        "tuning": asdict(tuning),
+        "dtype": dtype,
+        "device": running.torch_device(),
+    }
+    if tuning.objective == "layerwise":
+        if original is None:
+            raise UserError(f"conf/tuning/{tuning.name}.yaml: objective=layerwise needs the original model.")
+        identity |= {"original": Checkpoint(original).fingerprint, "batch_size": running.collect_batch_size}
+        ids = torch.as_tensor(text.ids).long()
+        mask = None if text.mask is None else torch.as_tensor(text.mask).bool()
+        tuner = LayerwiseTuner(
+            original, source, list(names), ids, mask, tuning, training, running, dtype, state, identity
+        )
+        with interruption() as stop:
+            tensors, curves = tuner.run(stop, lambda layer, step: log(_named(step, f"layer {layer}/")))
+    else:
+        trained = _end_to_end(source, names, tuning, training, text, running, dtype, teacher, state, identity, log)
+        tensors, curves = trained.parameters, {-1: trained.curve}
+    each = training.accumulation * tuning.batch * text.ids.shape[1]
+    curve = [_row(layer, step, each) for layer, steps in curves.items() for step in steps]
+    losses = [step.loss for steps in curves.values() for step in steps]
+    tenth = max(1, len(losses) // 10)
+    facts: dict[str, Any] = {
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "steps": training.steps,
+        "loss": [sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth],
+    }
+    record: dict[str, Any] = {"format": FORMAT, "tuning": asdict(tuning), "text": text.name, "dtype": dtype}
+    record |= {"node": node, "tensors": sorted(names.values()), "curve": curve, "parameters": facts["parameters"]}
+    named = {names[name]: tensor for name, tensor in tensors.items()}
+    workers = running.apply_workers
+    section = _section(tuning, training, text, facts, node)
+    return facts | write_tuned(source, named, out, section, record, replace=replace, workers=workers)
+
+
+def tuned_names(source: Path, dtype: str, norms: bool) -> dict[str, str]:
+    """Return the tensors that are tuned: names in the live model, and on disk.
+
+    UserError when the model has no router, or one of them is not a tensor of the files.
+    """
+    model = skeleton(source, dtype)
+    checkpoint = Checkpoint(source)
+    family = checkpoint.family
+    weights = WeightMap(model, checkpoint)
+    names = {module: name for name, module in model.named_modules()}
+    parts = [getattr(block, family.router_module) for block in moe_blocks(model, family).values()]
+    if norms:
+        parts += [module for module in model.modules() if type(module).__name__.endswith("Norm")]
+    found: dict[str, str] = {}
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            full = f"{names[part]}.{name}"
+            if not parameter.requires_grad:
+                continue
+            recipe = weights.recipes.get(full)
+            if recipe is None or recipe.converter is not None:
+                raise UserError(f"{source}: {full} is no tensor of the files, so that it cannot be tuned.")
+            found[full] = recipe.names[0]
+    if not found:
+        raise UserError(f"{source}: has no router to tune.")
+    return found
+
+
+def _training(tuning: Tuning, length: int) -> Training:
+    steps = tuning.steps(length)
+    return Training(
+        rate=tuning.rate,
+        steps=steps,
+        warm_up=round(tuning.warm_up * steps),
+        schedule=tuning.schedule,
+        accumulation=tuning.accumulation,
+        weight_decay=tuning.weight_decay,
+        clip=tuning.clip,
+        bf16=tuning.bf16,
+        seed=tuning.seed,
+    )
+
+
+def _end_to_end(
+    source: Path,
+    names: Mapping[str, str],
+    tuning: Tuning,
+    training: Training,
+    text: Text,
+    running: Running,
+    dtype: str,
+    teacher: Path | None,
+    state: Path,
+    identity: dict[str, Any],
+    log: Log,
+) -> Trained:
+    """Train through the whole model: objectives lm and distill."""
+    where = f"conf/tuning/{tuning.name}.yaml: objective={tuning.objective}"
+    if running.streams(Checkpoint(source), dtype):
+        raise UserError(
+            f"{where} runs the whole model, and {source} does not fit into memory (or runtime.stream says so). "
+            "Use tuning=router_layerwise, which holds one layer at a time."
+        )
+    if tuning.objective == "distill" and teacher is None:
+        raise UserError(f"{where} needs the original's answers. Run its teacher node.")
+    answers = Teacher(teacher, text.ids) if teacher is not None else None
+    device = running.torch_device()
+    model = load(source, dtype, device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    family = Checkpoint(source).family
+    ids = torch.as_tensor(text.ids).long()
+    mask = None if text.mask is None else torch.as_tensor(text.mask).long()
+    rows = shuffled(len(ids), tuning.batch, tuning.seed)
+
+    def batch(number: int) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        chosen = rows(number)
+        given = None if mask is None else mask[chosen].to(device)
+        told = None if answers is None else tuple(part.to(device) for part in answers.rows(chosen))
+        return ids[chosen].to(device), given, told  # type: ignore[return-value]
+
+    def losses(model: Any, batch: tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]) -> dict[str, Tensor]:
+        inputs, given, told = batch
+        seen.clear()
+        logits = model(input_ids=inputs, attention_mask=given, use_cache=False).logits
+        terms = {"lm": next_token(logits, inputs, given)} if told is None else {"kl": divergence(logits, *told, given)}
+        if tuning.entropy:
+            terms["entropy"] = tuning.entropy * entropy(seen, given)
+        return terms
+
+    saved = TrainingState(state / "training.safetensors", identity)
+    with router_logits(_routers(model, family), 1 if family.scales_input else 0) as seen, interruption() as stop:
+        return train(model, losses, batch, training, state=saved, stop=stop, after=lambda step: log(_named(step, "")))
+
+
+def _routers(model: Any, family: Family) -> list[nn.Module]:
+    return [getattr(block, family.router_module) for block in moe_blocks(model, family).values()]
+
+
+def _named(step: Step, prefix: str) -> dict[str, float]:
+    return {f"{prefix}loss": step.loss} | {f"{prefix}{name}": value for name, value in step.terms.items()}
+
+
+def _row(layer: int, step: Step, each: int) -> dict[str, Any]:
+    """One line of the loss curve; `layer` is -1 where all layers are trained together, and is then left out."""
+    row: dict[str, Any] = {"step": step.done, "tokens": step.done * each, "seconds": step.seconds, "loss": step.loss}
+    return ({} if layer < 0 else {"layer": layer}) | row | {"terms": step.terms}
+
+
+def _section(tuning: Tuning, training: Training, text: Text, facts: dict[str, Any], node: str | None) -> str:
+    """Return the part of the model card that says what was tuned."""
+    what = {
+        "lm": "next-token loss",
+        "distill": f"KL divergence from the original's {tuning.top} likeliest tokens",
+        "layerwise": f"each block's routed output against the original's (inputs: {tuning.inputs})",
+    }[tuning.objective]
+    n, length = text.ids.shape
+    rows = {
+        "Objective": what + (f", {tuning.entropy:g} x router entropy" if tuning.entropy else ""),
+        "Tuned": f"routers{' and norms' if tuning.norms else ''}, {facts['parameters']:,} parameters; else frozen",
+        "Text": f"{text.name}: {n} sequences of {length} tokens, {training.steps} steps of "
+        f"{training.accumulation * tuning.batch} sequences",
+        "Settings": f"rate {tuning.rate:g}, {tuning.schedule}, seed {tuning.seed}",
+        "Loss, first and last tenth": f"{facts['loss'][0]:.4g}, {facts['loss'][1]:.4g}",
+    }
+    if node:
+        rows["Espalier node"] = node
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"## Router tuning\n\n| | |\n| --- | --- |\n{table}\n\n`tuning.json` holds the loss curve."
