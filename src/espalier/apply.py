@@ -8,21 +8,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.card import card_text
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.layout import BlockLayout, block_layout, source_layout
+from espalier.layout import block_layout, source_layout
+from espalier.operations import Skip
 from espalier.partial import check_disk, code_version, resumable_directory
-from espalier.plan import Plan, Skip
-from espalier.shards import OutputTensor, ShardWriter, default_workers
+from espalier.plan import Plan
+from espalier.plan_tensors import fingerprint
+from espalier.shards import ShardWriter, default_workers
+from espalier.surgery import Layouts, outputs
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 CODE = "modeling_espalier.py"
 CLASS = "EspalierForCausalLM"
@@ -30,10 +32,9 @@ STOCK_IMPORT = "from transformers import MixtralForCausalLM as StockForCausalLM"
 # Weights in any form, and what apply writes itself.
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".tmp", ".index.json")
 OWN_FILES = ("config.json", "plan.json", "README.md", CODE)
+TENSORS = "plan/tensors.safetensors"  # not beside the shards: vLLM takes every safetensors file there for weights
 
 Progress = Callable[[int, int], None]
-Layouts = dict[int, BlockLayout]
-Members = list[tuple[str, int | None, float]]  # a tensor, its row (None: all of it), its weight
 
 
 def apply(
@@ -70,13 +71,13 @@ def apply(
     layouts = _layouts(checkpoint, plan)
     config = _config(checkpoint, layouts)
     shipped = "espalier" in config
-    shards, tensors = _outputs(checkpoint, layouts)
+    shards, tensors = outputs(checkpoint, layouts, plan.tensors)
     writer = ShardWriter(shards)
     beside = side_files(source)
     check_disk(out, writer.nbytes + sum(path.stat().st_size for path in beside))
     identity = {
         "source": [str(source.resolve()), checkpoint.fingerprint],
-        "plan": plan.document()["layers"],
+        "plan": [plan.document()["layers"], fingerprint(plan.tensors)],
         "layout": writer.layout(),
         "code": code_version(),
     }
@@ -85,7 +86,7 @@ def apply(
         for path in beside:
             shutil.copyfile(path, directory / path.name)
         (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        whole.save(directory / "plan.json")
+        whole.save(directory / "plan.json", TENSORS)
         (directory / "README.md").write_text(card_text(source, whole, card or {}, shipped))
         if shipped:
             (directory / CODE).write_text(_code(checkpoint.family.architecture))
@@ -122,7 +123,11 @@ def _config(checkpoint: Checkpoint, layouts: Layouts) -> dict[str, Any]:
     family = checkpoint.family
     experts = max(family.least_experts, *(len(block.slots) for block in layouts.values()))
     config = family.resize(checkpoint.config, experts)
-    if any(block.needs_code(experts) for block in layouts.values()):
+    widths = {block.width for block in layouts.values()}
+    code = any(block.needs_code(experts) for block in layouts.values())
+    if widths != {None} and not code and not family.width_shared and len(widths) == 1:
+        config[family.width_key] = widths.pop()
+    elif widths != {None} or code:
         renormalise = family.renormalise(config)
         config["architectures"] = [CLASS]
         config["auto_map"] = {"AutoModelForCausalLM": f"{CODE.removesuffix('.py')}.{CLASS}"}
@@ -133,143 +138,6 @@ def _config(checkpoint: Checkpoint, layouts: Layouts) -> dict[str, Any]:
             "layers": {str(layer): block.settings(renormalise) for layer, block in layouts.items()},
         }
     return config
-
-
-def _outputs(checkpoint: Checkpoint, layouts: Layouts) -> tuple[list[list[OutputTensor]], dict[str, int]]:
-    """Return the tensors to write, by source shard, and how many of the source's had which fate.
-
-    A stored expert goes to the shard of its first part. UserError for a tensor that is missing or that the
-    family does not know.
-    """
-    family = checkpoint.family
-    experts = {
-        name: (layer, expert, part)
-        for layer, number in checkpoint.expert_counts.items()
-        for expert in range(number)
-        for part, name in enumerate(family.expert_tensors(layer, expert))
-    }
-    stacks = {name: layer for layer in layouts for name in family.stacked_tensors(layer)}
-    routers = {name: (layer, dim) for layer in layouts for name, dim in family.router_tensors(layer).items()}
-    unknown = tuple(prefix for layer in layouts for prefix in family.block_prefixes(layer))
-    for name in (*experts, *stacks, *routers):
-        if name not in checkpoint.entries:
-            raise UserError(f"{checkpoint.directory}: tensor {name} is missing. Download the model again.")
-    copied = transformed = 0
-    shards: list[list[OutputTensor]] = []
-    for file in checkpoint.files:
-        shard: list[OutputTensor] = []
-        for name in checkpoint.tensors_of(file):
-            if name in experts:
-                layer, expert, part = experts[name]
-                made, used = _expert_outputs(checkpoint, layouts[layer], layer, expert, part)
-                shard += made
-                copied += used == "copied"
-                transformed += used == "transformed"
-            elif name in stacks:
-                output, used = _stacked_output(checkpoint, layouts[stacks[name]], name)
-                shard.append(output)
-                copied += used == "copied"
-                transformed += used == "transformed"
-            elif name in routers:
-                layer, dim = routers[name]
-                made, used = _router_outputs(checkpoint, layouts[layer], layer, name, dim)
-                shard += made
-                copied += used == "copied"
-                transformed += used == "transformed"
-            elif name.startswith(unknown):
-                raise UserError(f"{checkpoint.directory}: tensor {name} is unknown to family {family.model_type}.")
-            else:
-                shard.append(_output(checkpoint, name, name))
-                copied += 1
-        shards.append(shard)
-    dropped = len(checkpoint.entries) - copied - transformed
-    written = sum(map(len, shards))
-    return shards, {"copied": copied, "transformed": transformed, "dropped": dropped, "written": written}
-
-
-def _output(checkpoint: Checkpoint, name: str, source: str) -> OutputTensor:
-    entry = checkpoint.entries[source]
-    return OutputTensor(name, entry.dtype, entry.shape, lambda: [checkpoint.finite_tensor(source)])
-
-
-def _expert_outputs(
-    checkpoint: Checkpoint, block: BlockLayout, layer: int, expert: int, part: int
-) -> tuple[list[OutputTensor], str]:
-    """Return the stored tensors that begin with this source tensor, and its fate."""
-    family = checkpoint.family
-    made = []
-    for slot, parts in enumerate(block.slots):
-        if parts[0][0] != expert:
-            continue
-        name = family.expert_tensors(layer, slot)[part]
-        members: Members = [(family.expert_tensors(layer, e)[part], None, weight) for e, weight in parts]
-        output = _output(checkpoint, name, members[0][0])
-        if parts != ((expert, 1.0),):
-            output = dataclasses.replace(output, make=partial(_weighted_sum, checkpoint, members))
-        made.append(output)
-    uses = [parts for parts in block.slots if any(e == expert for e, _ in parts)]
-    if not uses:
-        return made, "dropped"
-    return made, "copied" if all(parts == ((expert, 1.0),) for parts in uses) else "transformed"
-
-
-def _stacked_output(checkpoint: Checkpoint, block: BlockLayout, name: str) -> tuple[OutputTensor, str]:
-    """Return the tensor of all stored experts, made one expert at a time, and the fate of the source's."""
-    entry = checkpoint.entries[name]
-
-    def make() -> "Iterator[torch.Tensor]":
-        for parts in block.slots:
-            members: Members = [(name, expert, weight) for expert, weight in parts]
-            yield from _weighted_sum(checkpoint, members)
-
-    same = block.slots == tuple(((expert, 1.0),) for expert in range(entry.shape[0]))
-    output = OutputTensor(name, entry.dtype, (len(block.slots), *entry.shape[1:]), make)
-    return output, "copied" if same else "transformed"
-
-
-def _router_outputs(
-    checkpoint: Checkpoint, block: BlockLayout, layer: int, name: str, dim: int
-) -> tuple[list[OutputTensor], str]:
-    """Return the router's tensor with the rows that stay of `dim`, with the first also the expert map, and its fate."""
-    import torch
-
-    output = _output(checkpoint, name, name)
-    fate = "copied"
-    if block.rows != tuple(range(output.shape[dim])):
-        rows = torch.tensor(block.rows)
-        shape = list(output.shape)
-        shape[dim] = len(rows)
-        output = dataclasses.replace(
-            output, shape=tuple(shape), make=lambda: [checkpoint.finite_tensor(name).index_select(dim, rows)]
-        )
-        fate = "transformed"
-    made = [output]
-    if block.expert_map is not None and name == next(iter(checkpoint.family.router_tensors(layer))):
-        map_name = checkpoint.family.expert_map_tensor(layer)
-        made.append(OutputTensor(map_name, "I64", (len(block.rows),), lambda: [torch.tensor(block.expert_map)]))
-    return made, fate
-
-
-def _weighted_sum(checkpoint: Checkpoint, members: Members) -> "list[torch.Tensor]":
-    """Return, in a list, the sum of the members in fp64, rounded once.
-
-    The result has the dtype of the first one; a lone member of weight 1 stays as it is.
-    """
-
-    def read(name: str, row: int | None) -> "torch.Tensor":
-        return checkpoint.finite_tensor(name) if row is None else checkpoint.rows(name, row)
-
-    first, row, weight = members[0]
-    tensor = read(first, row)
-    if len(members) == 1 and weight == 1:
-        return [tensor]
-    total = tensor.double().mul_(weight)
-    for name, row, weight in members[1:]:
-        other = read(name, row)
-        if other.shape != tensor.shape:
-            raise UserError(f"{checkpoint.directory}: {name} {list(other.shape)} cannot be merged with {first}.")
-        total += other.double().mul_(weight)  # not add_(alpha=): fused multiply-add differs by processor
-    return [total.to(tensor.dtype)]
 
 
 def _code(architecture: str) -> str:

@@ -26,7 +26,7 @@ def card_text(source: Path, plan: Plan, facts: dict[str, Any], shipped_code: boo
         "Base model": id,
         "Base revision": plan.model.get("revision") or "unknown",
         "Method": ", then ".join(_describe(step) for step in steps),
-        "Ratio (fraction of experts removed)": ratios or "none",
+        "Ratio (fraction removed)": ratios or "none",
         "Calibration": facts.get("calibration") or "none",
         "Parameters stored": f"{plan.counts['stored']:,.0f}",
         "Parameters after sharing (unique)": f"{plan.counts['unique']:,.0f}",

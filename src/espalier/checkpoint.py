@@ -2,14 +2,16 @@
 
 import io
 import json
+import re
 import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from espalier.dtypes import ITEM_BYTES, ITEM_NUMBERS, TORCH_NAMES, not_finite, only_stored, torch_shape
 from espalier.errors import UserError
 from espalier.families import Family, family_of, predicts_ahead
 from espalier.quantised import refuse_quantised
@@ -21,17 +23,6 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-
-# Bytes of one number and torch's name of each safetensors dtype that is read and written.
-ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-TORCH_NAMES = {
-    "F64": "float64", "I64": "int64", "U64": "uint64", "F32": "float32", "I32": "int32", "U32": "uint32",
-    "F16": "float16", "BF16": "bfloat16", "I16": "int16", "U16": "uint16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,8 @@ class Checkpoint:
 
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         self._read_bytes(entry, raw)
-        return raw.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)
+        dtype = getattr(torch, TORCH_NAMES[entry.dtype])
+        return raw.view(dtype).reshape(torch_shape(entry.dtype, entry.shape))
 
     def finite_tensor(self, name: str) -> "torch.Tensor":
         """Return a tensor; UserError when it holds NaN or infinity."""
@@ -136,6 +128,8 @@ class Checkpoint:
         import torch
 
         entry = self.entries[name]
+        if entry.dtype in ITEM_NUMBERS:
+            self.refuse_stored(name)
         direct = tensor.device.type == "cpu" and tensor.is_contiguous()
         if direct and tensor.dtype == getattr(torch, TORCH_NAMES[entry.dtype]):
             self._read_bytes(entry, tensor.reshape(-1).view(torch.uint8))
@@ -145,22 +139,34 @@ class Checkpoint:
 
     def _read_bytes(self, entry: TensorEntry, raw: "torch.Tensor") -> None:
         # Not memory-mapped: mapped pages count as the process's memory and grow to the size of the model.
-        with (self.directory / entry.file).open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            _fill(file, raw.numpy().data)
+        path = self.directory / entry.file
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(entry.offset)
+                _fill(file, raw.numpy().data)
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
     def _check_finite(self, name: str, tensor: "torch.Tensor") -> None:
-        # The extremes are NaN or infinite if any number is, and found 20 times faster than isfinite() does in bf16.
-        if tensor.is_floating_point() and tensor.numel() and not all(map(isfinite, map(float, tensor.aminmax()))):
-            bad = int((~tensor.isfinite()).sum())
+        bad = not_finite(tensor) if tensor.is_floating_point() and tensor.numel() else 0
+        if bad:
             raise UserError(
                 f"{self.directory / self.entries[name].file}: tensor {name} holds {bad} NaN or infinite "
                 f"numbers of {tensor.numel()}. Download the model again."
             )
 
+    def refuse_stored(self, name: str) -> None:
+        """Raise UserError when nothing can be computed with a tensor as it is stored, in float8 or float4."""
+        entry = self.entries[name]
+        if only_stored(entry.dtype):
+            raise UserError(
+                f"{self.directory / entry.file}: tensor {name} has dtype {entry.dtype}, which is quantised: it can "
+                "only be copied. Use the unquantised model, or `espalier dequantise` where config.json declares fp8."
+            )
+
     @property
     def parameters(self) -> int:
-        """Parameters in the files: every tensor once, a tied `lm_head` and expert maps not at all."""
+        """Parameters in the files: every tensor once, a tied `lm_head`, expert maps, skip factors not at all."""
         return sum(self._sizes.values())
 
     @property
@@ -175,7 +181,7 @@ class Checkpoint:
         return {
             name: entry.size
             for name, entry in self.entries.items()
-            if name not in skipped and not name.endswith(".expert_map")
+            if name not in skipped and not name.endswith((".expert_map", ".skip_factor"))
         }
 
     @property
@@ -200,29 +206,35 @@ class Checkpoint:
         experts, layers = family.expert_count(self.config), tuple(counts)
         if not layers:
             raise UserError(f"{where}: no decoder layer holds a MoE block.")
+        self._check_layers(where)
         for layer in layers:
             if counts[layer] != experts and "espalier" not in self.config:
                 raise UserError(
-                    f"{where}: says {experts} experts, but layer {layer} holds {counts[layer]} in its shards."
+                    f"{where}: says {experts} experts, but layer {layer} holds {counts[layer]} in its shards. "
+                    "Download the model again."
                 )
         for key in ("hidden_size", *((family.width_key,) if family.stacked else ())):
             if self.config.get(key) is None:
-                raise UserError(f"{where}: key {key!r} is missing.")
+                raise UserError(f"{where}: key {key!r} is missing. Download config.json again.")
         groups, groups_chosen = family.groups(self.config)
         if experts % groups:
             raise UserError(f"{where}: {experts} experts cannot be divided into {groups} router groups.")
         own = [self._entry(name) for name in family.expert_tensors(layers[0], 0)]
         stacked = [self._entry(name) for name in family.stacked_tensors(layers[0])]
         routers = [(self._entry(name), dim) for name, dim in family.router_tensors(layers[0]).items()]
+        width = own[0].shape[0] if own else int(self.config[family.width_key])  # the gate projection is [F, D]
+        parts = [entry.size for entry in own] + [entry.size // entry.shape[0] for entry in stacked]
+        narrowable = sum(size for size, axis in zip(parts, family.neurons, strict=True) if axis is not None)
+        self._check_sizes(where, layers[0])
         return ModelShape(
             family=family.model_type,
             layers=layers,
             experts=max(counts.values()),
             top_k=family.top_k(self.config),
             hidden=int(self.config["hidden_size"]),
-            width=own[0].shape[0] if own else int(self.config[family.width_key]),  # the gate projection is [F, D]
+            width=width,
             renormalise=family.renormalise(self.config),
-            expert_parameters=sum(e.size for e in own) + sum(e.size // e.shape[0] for e in stacked),
+            expert_parameters=sum(parts),
             router_row_parameters=sum(entry.size // entry.shape[dim] for entry, dim in routers),
             total_parameters=self.parameters,
             groups=groups,
@@ -230,11 +242,45 @@ class Checkpoint:
             group_least=family.group_least,
             router=family.router_kind(self.config),
             idle_parameters=self.idle_parameters,
+            neuron_parameters=narrowable // width,
         )
+
+    def _check_layers(self, where: str) -> None:
+        """Raise UserError unless the files hold as many decoder layers as config.json says."""
+        said = int(self.config["num_hidden_layers"])
+        # Layers behind the last that predict further tokens, where config.json announces any.
+        ahead = sum(int(v or 0) for key, v in self.config.items() if re.match(r"num_(nextn|mtp)_", key))
+        found = [re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in self.entries if "mtp" not in name]
+        held = 1 + max((int(match[1]) for match in found if match), default=-1)
+        if not said <= held <= said + ahead:
+            raise UserError(
+                f"{where}: says num_hidden_layers={said}, but the shards hold {held} decoder layers. "
+                "Download the model again."
+            )
+
+    def _check_sizes(self, where: str, layer: int) -> None:
+        """Raise UserError when a key of config.json disagrees with the shape of a tensor that it gives."""
+        family, hidden, width = self.family, "hidden_size", self.family.width_key
+        means: dict[str, tuple[str | None, str | None]] = {"model.embed_tokens.weight": ("vocab_size", hidden)}
+        own = None if "espalier" in self.config else width  # which says itself how wide they are
+        means |= dict.fromkeys(family.expert_tensors(layer, 0)[:1], (own, hidden))
+        means[next(iter(family.router_tensors(layer)))] = (None, hidden)
+        for name, keys in means.items():
+            entry = self.entries.get(name)
+            for dim, key in enumerate(keys):
+                said = self.config.get(key) if key else None
+                if entry is not None and said not in (None, entry.shape[dim]):
+                    raise _disagreement(where, f"{key}={said}", name, entry)
+        for name in family.stacked_tensors(layer)[
+            : own is not None
+        ]:  # gate and up side by side: [E, D, 2 F] or [E, 2 F, D]
+            meant = sorted((self.config[hidden], 2 * self.config[width]))
+            if sorted(self.entries[name].shape[1:]) != meant:
+                raise _disagreement(where, f"{width}={self.config[width]}", name, self.entries[name])
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.entries:
-            raise UserError(f"{self.directory}: tensor {name} is missing.")
+            raise UserError(f"{self.directory}: tensor {name} is missing. Download the model again.")
         return self.entries[name]
 
 
@@ -282,18 +328,21 @@ def _shards(directory: Path) -> list[str]:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of one safetensors file in the order of their bytes.
 
-    UserError when the file is cut short, holds more than its header says, is no safetensors file, or has a
-    dtype of less than one byte.
+    UserError when the file cannot be read, is cut short, holds more than its header says, is no safetensors file,
+    or has a dtype that torch has not.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if start.startswith(b"version "):
-            raise UserError(f"{path}: a Git LFS pointer, not the weights. Run `git lfs pull` in {path.parent}.")
-        if not 2 <= length <= MAX_HEADER_BYTES:
-            raise UserError(f"{path}: not a safetensors file or a truncated shard ({size} bytes). Download it again.")
-        raw = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            raw = file.read(length) if 2 <= length <= MAX_HEADER_BYTES else b""
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if start.startswith(b"version "):
+        raise UserError(f"{path}: a Git LFS pointer, not the weights. Run `git lfs pull` in {path.parent}.")
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise UserError(f"{path}: not a safetensors file or a truncated shard ({size} bytes). Download it again.")
     if len(raw) < length:
         raise UserError(f"{path}: truncated shard, {size} bytes of at least {8 + length}. Download it again.")
     try:
@@ -311,11 +360,27 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     for name, entry in entries.items():
         if entry.dtype not in ITEM_BYTES:
             raise UserError(f"{path}: tensor {name} has dtype {entry.dtype}, which is quantised. Dequantise the model.")
+        meant = prod(torch_shape(entry.dtype, entry.shape)) * ITEM_BYTES[entry.dtype]
+        if entry.nbytes != meant:
+            raise UserError(
+                f"{path}: tensor {name} has {entry.nbytes} bytes, but {entry.dtype} {list(entry.shape)} means {meant}. "
+                "Download it again."
+            )
     expected = 8 + length + max((stop for _, stop, _ in spans), default=0)
     if size != expected:
         what = "truncated shard" if size < expected else "longer than its header says"
         raise UserError(f"{path}: {what}, {size} bytes instead of {expected}. Download it again.")
     return entries
+
+
+def _disagreement(where: str, said: str, name: str, entry: TensorEntry) -> UserError:
+    return UserError(
+        f"{where}: says {said}, but tensor {name} in {entry.file} is {list(entry.shape)}. Download the model again."
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror or error}). Make it readable or download it again.")
 
 
 def _fill(file: io.FileIO, view: memoryview) -> None:

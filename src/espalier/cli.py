@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from espalier.errors import UserError
+from espalier.errors import InterruptedWork, UserError
 
 # Modules are imported where they are used: `espalier --help` and `espalier plan` start without torch.
 app = typer.Typer(
@@ -29,7 +29,10 @@ Overrides = Annotated[
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line and exit: 2 and one line for a user's mistake, 130 for an interrupt."""
+    """Run the command line and exit: 2 and one line for a user's mistake, 130 for an interrupt.
+
+    128 plus the signal's number, and one line, where a stage saved its state before it ended.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -46,6 +49,9 @@ def main(argv: list[str] | None = None) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}no space left on the disk. Free some space or write elsewhere, then run again.")
+    except InterruptedWork as stopped:
+        print(f"espalier: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -307,8 +313,11 @@ _stage("fetch", "Bring a model to this machine.")
 _stage("tokens", "Make calibration tokens.")
 _stage("collect", "Run the model once over the tokens and keep statistics.")
 _stage("reduce", "Join the statistics of a calibration's shards.")
+_stage("fit", "Learn what a method needs to be learnt, by running the model.")
 _stage("plan", "Decide from statistics what to keep, merge or skip.")
 _stage("apply", "Write the checkpoint that a plan says.")
+_stage("teacher", "Keep the original model's likeliest tokens on a tuning text.")
+_stage("tune", "Tune the routers of a checkpoint.")
 _stage("score", "Score a checkpoint on its tasks.")
 _stage("table", "Put an experiment's scores into a table.")
 _stage("report", "Write an experiment's HTML report.")

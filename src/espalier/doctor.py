@@ -12,7 +12,7 @@ from typing import Literal
 
 from espalier import conf
 from espalier.errors import UserError
-from espalier.store import device_name, git_state
+from espalier.provenance import device_name, git_state
 
 State = Literal["ok", "note", "missing"]
 RUN = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "snakemake")

@@ -5,6 +5,21 @@ class UserError(Exception):
     """A mistake in the input; the command line prints it as one line and exits with code 2."""
 
 
+class InterruptedWork(BaseException):
+    """A signal ended a stage early; the command line prints the line and exits with 128 plus the signal's `number`."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+def mendable(error: BaseException) -> bool:
+    """Whether the same call may succeed later: an interrupt, an error of the system (a full disk), too little room."""
+    causes = (error, error.__cause__, error.__context__)
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without torch
+    return not isinstance(error, Exception) or short or any(isinstance(cause, OSError) for cause in causes)
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Return the hint `; did you mean X? known: ...` for a misspelt `name`."""
     import difflib

@@ -11,9 +11,11 @@ A attention width, P parameters, p of one expert, b bytes a parameter in the fil
     memory of a model          c P whole; c (two neighbouring layers + V D) streamed, with c T D of activations
       of a forward pass        c t (8 D + K (3 F + 4 D)) + 4 t E; attention without a kernel of its own 3 c t L H
       of all experts' outputs  (c + 8 n) E D t', t' of so many tokens that 8 E D t' <= 2^29; n float64 copies
+      of a whole model         c P less what stays mapped: all but the experts, where c = b
       of logits, scoring       t V c + 8 L V; t V (c + 4) of choices, whole
     memory of apply            two of the largest tensors; a thread that merges, (16 + 4 b) D F
-      of its proof             4 P, or 4 (3 layers + outside) streamed
+      of its proof             4 P, of the smaller model if pruned, or 4 (3 layers + outside) streamed
+    Memory is anonymous: pages of `mapped` files are left out, since the system drops them where it needs room
 """
 
 from collections.abc import Set
@@ -26,19 +28,30 @@ from espalier.sizes import Sizes, sizes_of_directory
 
 DENSE_PROBES = frozenset({"mean_output", "residual_gram"})  # those that need every expert's output
 GRAM_ALL_TOKENS_EXPERTS, GRAM_TOKENS = 16, 16384  # residual_gram: all tokens up to so many experts, else so many
+GRAM_BYTES = 2**29  # and no more than so many bytes of them a layer
+INPUT_TOKENS = 4096  # of which the probe `inputs` keeps the block's input
 CHUNK_BYTES = 2**29  # of all experts' outputs in float64, that a probe sees at once
 CPU_TOKENS = 2304  # of one batch of perplexity windows on a processor
-CHOICE_LENGTH = 128  # tokens of a long choice with its context
+CHOICE_LENGTH = 128  # tokens of a long choice with its context, where its task is not known
 GUARD_BYTES = 5e8  # beside a model, in apply's rule for its proof
-# Of a process with its libraries, measured on this package's own model; and what CUDA adds, an assumption.
-PROCESS = {"tokens": 3e8, "collect": 5.1e8, "plan": 1.2e8, "apply": 2.6e8, "proof": 4.7e8, "score": 6.2e8}
+# Anonymous memory of a process with its libraries, measured: imports alone take 0.29 GB to collect or prove, 0.32 for
+# perplexities, 0.15 to apply (torch); lm-eval, its tasks and data sets take 0.1 more, a proof runs beside its parent.
+PROCESS = {"tokens": 2.2e8, "collect": 3.1e8, "plan": 6e7, "apply": 1.65e8, "proof": 4.6e8}
+PROCESS |= {"score": 4.3e8, "perplexity": 3.3e8}
+# Compiled products in bf16 and fp16 on a processor, kept by oneDNN and by PyTorch (espalier/heap.py): 64 each, 0.28 MB.
+KERNEL_BYTES = 2 * 64 * 2.8e5
+MAPPED_LIBRARIES = 2.4e8  # resident pages of shared libraries
+# What CUDA adds, an assumption.
 CUDA_HOST_BYTES, CUDA_BYTES = 2e9, 6e8
 FLOAT64_COPIES = {"mean_output": 1.25, "residual_gram": 2.5}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs; bytes read and written, `kept` as the artefact and on `disk` at the most; peak bytes of memory."""
+    """FLOPs; bytes read and written, `kept` as the artefact and on `disk` at the most; peak bytes of memory.
+
+    `mapped` are bytes of mapped files that are resident beside `memory` while there is room.
+    """
 
     flops: float = 0.0
     read: float = 0.0
@@ -46,6 +59,7 @@ class Cost:
     kept: float = 0.0
     disk: float = 0.0
     memory: float = 0.0
+    mapped: float = MAPPED_LIBRARIES
     gpu_memory: float = 0.0
     gpu: bool = False
     streamed: bool = False
@@ -83,9 +97,24 @@ def collect_flops(sizes: Sizes, tokens: int, length: int, probes: Set[str]) -> f
 
 def gram_tokens(sizes: Sizes, tokens: int) -> int:
     """Tokens of which `residual_gram` keeps inner products."""
-    if sizes.experts <= GRAM_ALL_TOKENS_EXPERTS:
+    return gram_sample(sizes.experts, tokens)
+
+
+def gram_sample(experts: int, tokens: int) -> int:
+    """Of so many tokens, those of which `residual_gram` keeps the inner products of `experts`."""
+    if experts <= GRAM_ALL_TOKENS_EXPERTS:
         return tokens
-    stride = -(-tokens // GRAM_TOKENS)
+    return sampled(tokens, min(GRAM_TOKENS, GRAM_BYTES // gram_token_bytes(experts)))
+
+
+def gram_token_bytes(experts: int) -> int:
+    """Bytes that `residual_gram` keeps of one token in one layer."""
+    return 4 * (experts * (experts + 1) // 2 + 2 * experts + 1) + 8
+
+
+def sampled(tokens: int, most: int) -> int:
+    """Tokens of an evenly strided sample of at most `most` of them."""
+    stride = -(-tokens // most)
     return -(-tokens // stride) if tokens else 0
 
 
@@ -93,14 +122,19 @@ def statistics_bytes(sizes: Sizes, tokens: int, probes: Set[str]) -> float:
     """Bytes of the statistics of `probes`, of all layers."""
     k, total = sizes.top_k, 0.0
     for e in (layer.experts for layer in sizes.moe):
-        gram = gram_tokens(sizes, tokens) * (4 * (e * (e + 1) // 2 + 2 * e + 1) + 8)
+        gram = gram_sample(e, tokens) * gram_token_bytes(e)
         total += sum(
             {
                 "usage": 32 * e,
                 "output_norm": 32 * e,
-                "mean_output": 16 * e * sizes.hidden + 8 * e,
+                "routed_moments": 24 * e * sizes.hidden + 32 * e,
+                "neuron_energy": 16 * e * sizes.width,
+                "mean_output": 8 * e * sizes.hidden,
                 "logit_gram": 8 * (e * e + e),
-                "gate_ratio": 4 * tokens * k + 8 * 101,
+                "coactivation": 8 * e * e,
+                "routing": 12 * tokens * k,
+                "token_importance": 4 * tokens,
+                "inputs": sampled(tokens, INPUT_TOKENS) * (4 * sizes.hidden + 8 * k + 8),
                 "residual_gram": gram,
             }.get(probe, 0)
             for probe in probes
@@ -132,13 +166,15 @@ def collect_cost(
     batch = min(running.collect_batch_size * length, tokens)
     kept = statistics_bytes(sizes, tokens, probes)
     layers = max(len(sizes.moe), 1)
-    # Arrays are kept in pieces, which the last layer's are joined from.
-    results = kept * (1 + 1 / layers)
-    working = pass_bytes(sizes, batch, length, each) + probe_bytes(sizes, batch, each, probes)
+    streamed = streams(sizes, dtype, running, hardware)
+    # Arrays are kept in pieces, which a layer's are joined from. Of a whole model all layers' pieces lie between what
+    # its forward passes free, so that the heap keeps about as much again.
+    results = kept * (1 + 1 / layers if streamed else 2)
+    scores = replace(sizes, eager=sizes.eager or "token_importance" in probes)  # which looks at attention weights
+    working = pass_bytes(scores, batch, length, each) + probe_bytes(sizes, batch, each, probes)
     cost = Cost(
         flops=collect_flops(sizes, tokens, length, probes), read=sizes.disk_bytes, written=kept, kept=kept, disk=kept
     )
-    streamed = streams(sizes, dtype, running, hardware)
     cost = _passing(cost, "collect", sizes, each, working, results, streamed, running, hardware)
     if streamed:
         states = float(tokens * sizes.hidden * each)
@@ -158,29 +194,32 @@ def score_cost(
     dtype: str,
     running: Running,
     hardware: Hardware,
+    choice_length: int = CHOICE_LENGTH,
 ) -> Cost:
     """Cost of scoring `choices` tokens of choice tasks and `windows` tokens of perplexities, windows of `length`.
 
-    `flops` are of the forward passes, which may be over fewer tokens where choices share a context.
+    `flops` are of the forward passes, which may be over fewer tokens where choices share a context. `choice_length`
+    are the tokens of the longest choices with their contexts: those run together first.
     """
     each, size = _each(sizes, dtype), running.score_batch_size
     gpu = hardware.gpu(running.device)
     window = min(size * length, windows if gpu else min(windows, max(CPU_TOKENS, length)))
-    batch = min(size * CHOICE_LENGTH, choices)
+    batch = min(size * choice_length, choices)
     tokens = max(batch, window)
     streamed = streams(sizes, dtype, running, hardware)
     # Of windows and streamed choices one row at a time is made float32.
     rows = each * tokens + 8 * min(length, tokens)
+    stage = "score" if choices else "perplexity"
     logits = sizes.vocabulary * (rows if streamed else max(rows, (each + 4) * batch))
     layer = pass_bytes(sizes, tokens, length, each)
     passes = bool(choices) + bool(windows or sizes.experts)  # active parameters are measured on a few texts
     cost = Cost(flops=flops, read=sizes.disk_bytes * (max(passes, 1) if streamed else 1))
     if not streamed:
-        return _passing(cost, "score", sizes, each, layer + logits, 0.0, False, running, hardware)
-    body = _passing(cost, "score", sizes, each, layer, 0.0, True, running, hardware)
-    end = PROCESS["score"] + each * (sizes.outside - (sizes.count.embedding if sizes.count.head else 0)) + logits
+        return _passing(cost, stage, sizes, each, max(layer, logits), 0.0, False, running, hardware)
+    body = _passing(cost, stage, sizes, each, layer, 0.0, True, running, hardware)
+    end = PROCESS[stage] + each * (sizes.outside - (sizes.count.embedding if sizes.count.head else 0)) + logits
     if gpu:
-        body = replace(body, gpu_memory=max(body.gpu_memory, end - PROCESS["score"] + CUDA_BYTES))
+        body = replace(body, gpu_memory=max(body.gpu_memory, end - PROCESS[stage] + CUDA_BYTES))
     else:
         body = replace(body, memory=max(body.memory, end))
     return _with_states(body, float(max(choices, windows) * sizes.hidden * each), running)
@@ -195,7 +234,8 @@ def apply_cost(before: Sizes, after: Sizes, merges: bool, running: Running, hard
     writing = PROCESS["apply"] + max(end + (workers - 1) * expert, workers * expert)
     whole = before.disk_bytes + 4.0 * before.parameters + GUARD_BYTES
     if whole <= hardware.memory:
-        proof = PROCESS["proof"] + 4.0 * before.loaded
+        # Loaded in the files' dtype, then changed, then made float32; a merged group stands in each member's place.
+        proof = PROCESS["proof"] + max(each * before.loaded, 4.0 * (before if merges else after).loaded)
     else:
         proof = PROCESS["proof"] + 4.0 * (3 * before.largest_layer + before.outside)
         if proof > hardware.memory:
@@ -250,11 +290,17 @@ def _passing(
     if not streamed:
         converted *= sizes.experts
     process = PROCESS[stage] + results
+    own, mapped = float(weights), MAPPED_LIBRARIES
+    if not streamed and each == sizes.bytes_per_parameter:
+        # transformers copies only what it stacks; the rest stays in the mapped files.
+        stacked = 0 if sizes.stacked else sum(layer.experts * layer.expert for layer in sizes.moe)
+        own, mapped = each * float(stacked), mapped + each * (sizes.loaded - stacked)
     if not hardware.gpu(running.device):
-        peak = max(weights + working, weights + converted)
-        return replace(cost, streamed=streamed, memory=process + peak)
+        kernels = KERNEL_BYTES if each == 2 else 0.0
+        peak = own + max(working, converted) + kernels
+        return replace(cost, streamed=streamed, memory=process + peak, mapped=mapped)
     # A whole model is loaded by the processor and then moved.
-    host = converted + each * sizes.count.embedding if streamed else weights + converted
+    host = converted + each * sizes.count.embedding if streamed else own + converted
     return replace(
         cost,
         streamed=streamed,

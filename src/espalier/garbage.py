@@ -10,6 +10,7 @@ from pathlib import Path
 from espalier.launch import run_lock
 from espalier.store import PATHS, Store
 
+UNFINISHED = (".tmp", ".partial", ".work")
 FOLDERS = sorted({Path(path).parent.name for path in PATHS.values()})
 
 
@@ -26,14 +27,17 @@ def find(store: Store) -> list[Garbage]:
     """Return what is not needed by the newest table of any experiment, nor by one that results/refs names.
 
     Everything that such a table was made from stays, models included; so do results/refs and files that
-    Espalier did not name. Unfinished files of killed runs (*.tmp, *.partial) are among the garbage.
+    Espalier did not name. Of what killed runs left, *.tmp files are among the garbage, and so is a *.partial or *.work
+    folder unless its artefact is needed and missing: the next run goes on with it.
     """
     kept = _reachable(store, _roots(store))
     models = {_model_directory(store.root / "models" / f"{id}.json") for id in kept}
     found = []
     for path in _candidates(store):
-        id = path.name.split(".")[0]
-        if path.name.endswith((".tmp", ".partial")):
+        id = path.name.removeprefix(".").split(".")[0]
+        if path.name.endswith(UNFINISHED):
+            if id in kept and not path.name.endswith(".tmp") and not store.path(id).exists():
+                continue
             found.append(Garbage(path, _size(path), "unfinished file of a killed run"))
         elif len(id) == 12 and all(c in "0123456789abcdef" for c in id):
             if id not in kept:

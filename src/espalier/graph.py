@@ -1,19 +1,18 @@
 """Turn Hydra experiments into a graph of content-addressed nodes, in the main process; imports no torch."""
 
-import copy
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from espalier import conf, methods, sources
-from espalier.errors import UserError, nearest
+from espalier.checkpoint import Checkpoint
+from espalier.errors import UserError
+from espalier.labels import row_label
+from espalier.shape import ModelShape
 from espalier.store import Node, Store, canonical, content_hash, digest, write_json
-
-Config = dict[str, Any]
-Point = dict[str, Any]  # override key -> value
+from espalier.sweep import Composer, Config, Point, points
+from espalier.tune_settings import Tuning
 
 
 @dataclass(frozen=True)
@@ -27,131 +26,6 @@ class Experiment:
     @property
     def target(self) -> Node:
         return self.nodes[-1]
-
-
-def points(sweep: Sequence[Config]) -> Iterator[Point]:
-    """Yield the points of a sweep: blocks one after another, keys crossed, `zip` keys walked together.
-
-    UserError when the lists of a `zip` differ in length or a block is not a mapping.
-    """
-    for block in sweep:
-        if not isinstance(block, dict):
-            raise UserError(f"sweep: {block!r} is not a mapping of keys to values.")
-        axes: list[list[Point]] = []
-        for key, values in block.items():
-            if key == "zip":
-                columns = {name: _values(column) for name, column in values.items()}
-                lengths = {name: len(column) for name, column in columns.items()}
-                if len(set(lengths.values())) > 1:
-                    raise UserError(f"sweep.zip: lists of different lengths {lengths}. Give each key as many values.")
-                rows = zip(*columns.values(), strict=True)
-                axes.append([dict(zip(columns, row, strict=True)) for row in rows])
-            else:
-                axes.append([{key: value} for value in _values(values)])
-        for combination in itertools.product(*axes):
-            yield {key: value for part in combination for key, value in part.items()}
-
-
-def _values(values: Any) -> list[Any]:
-    return list(values) if isinstance(values, list) else [values]
-
-
-class Composer:
-    """Compose points with Hydra: once per choice of groups, values are set on a copy.
-
-    A thousand points over four methods are four compositions and a thousand cheap updates.
-    """
-
-    def __init__(self, experiment: str, overrides: Sequence[str]) -> None:
-        self.experiment = experiment
-        self.overrides = [f"+experiment={experiment}", *_file_overrides(overrides)]
-        self._composed: dict[tuple[str, ...], Config] = {}
-        if not (conf.directory() / "experiment" / f"{experiment}.yaml").exists():
-            known = nearest(experiment, conf.names("experiment"))
-            raise UserError(f"experiment={experiment}: no conf/experiment/{experiment}.yaml; {known}.")
-
-    def sweep(self) -> list[Config]:
-        """Return the experiment's `sweep`, a list of blocks."""
-        blocks: list[Config] = self._group(())["sweep"]
-        return blocks
-
-    def compose(self, point: Point) -> Config:
-        """Return the configuration of one point as plain dictionaries, interpolations resolved, without `sweep`.
-
-        UserError for a group's unknown choice or a key that does not exist.
-        """
-        from omegaconf import OmegaConf
-
-        groups = tuple(o for key, value in point.items() if _is_group(key) for o in _file_overrides([f"{key}={value}"]))
-        composed = self._group(groups)
-        config = copy.deepcopy({key: value for key, value in composed.items() if key != "sweep"})
-        for key, value in point.items():
-            if not _is_group(key):
-                self._set(config, key, value)
-        if "${" in canonical(config):
-            config = OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # type: ignore[assignment]
-        return config
-
-    def _set(self, config: Config, key: str, value: Any) -> None:
-        *path, last = key.split(".")
-        holder: Any = config
-        for name in path:
-            holder = holder.get(name) if isinstance(holder, dict) else None
-        if not isinstance(holder, dict) or last not in holder:
-            raise UserError(_unknown_key(self.experiment, key, config))
-        holder[last] = value
-
-    def _group(self, groups: tuple[str, ...]) -> Config:
-        from hydra import compose, initialize_config_dir
-        from hydra.errors import HydraException
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
-        if groups not in self._composed:
-            try:
-                with initialize_config_dir(str(conf.directory()), version_base="1.3"):
-                    # Group choices of the point come after the user's, so that a sweep wins over a default.
-                    composed = compose("config", [*self.overrides, *groups])
-                    self._composed[groups] = OmegaConf.to_container(composed, resolve=False)  # type: ignore[assignment]
-            except (HydraException, OmegaConfBaseException) as error:
-                raise UserError(_compose_error(error, [*self.overrides[1:], *groups])) from None
-        return self._composed[groups]
-
-
-def _is_group(key: str) -> bool:
-    return (conf.directory() / key.split("@")[0]).is_dir()
-
-
-def _file_overrides(overrides: Sequence[str]) -> list[str]:
-    """Let a path stand where a calibration is named: `calibration=PATH` becomes the `file` calibration of PATH."""
-    result = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "calibration" and value not in conf.names("calibration") and Path(value).is_file():
-            result += ["calibration=file", f"calibration.path='{Path(value).resolve()}'"]
-        else:
-            result.append(override)
-    return result
-
-
-def _compose_error(error: Exception, overrides: Sequence[str]) -> str:
-    for override in overrides:
-        key, _, value = override.partition("=")
-        group = key.lstrip("+~").split("@")[0]
-        if (conf.directory() / group).is_dir() and value not in conf.names(group):
-            return f"{override}: no conf/{group}/{value}.yaml; {nearest(value, conf.names(group))}."
-    first = str(error).strip().splitlines()[0]
-    return f"overrides {' '.join(overrides)}: {first}"
-
-
-def _unknown_key(experiment: str, key: str, config: Config) -> str:
-    group, _, name = key.partition(".")
-    within = config.get(group) if name else None
-    file, keys = "conf/config.yaml", list(config)
-    if isinstance(within, dict):
-        file, keys = f"conf/{group}/{within.get('name', '?')}.yaml", [k for k in within if k != "_target_"]
-    known = nearest(name or key, keys)
-    return f"conf/experiment/{experiment}.yaml: sweep key {key!r} is not in {file}; {known}."
 
 
 def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experiment:
@@ -213,6 +87,7 @@ class _Builder:
         self._model_revision = cache(lambda id, revision: sources.revision_of(id, revision, store.root))
         self._task_revision = cache(sources.task_revision)
         self._calibration_revision: dict[str, str | None] = {}
+        self._shapes: dict[tuple[str, str | None], ModelShape | None] = {}
 
     def add(self, node: Node) -> str:
         self.nodes.setdefault(node.id, node)
@@ -220,21 +95,37 @@ class _Builder:
 
     def row(self, config: Config, point: Point) -> Config:
         """Add one point's nodes, from the model to its scores, and return the point's row of the table."""
-        model, label = config["model"], _label(config, point)
+        model, label = config["model"], row_label(config, point)
         fetch = self.add(Node("fetch", self._fetch(model), label=str(model["id"])))
         weights, plan = fetch, None
         shards = _shards(config["calibration"])
         steps = [config[key] for key in ("method", "then") if config[key]["name"] != "none"]
-        for step in steps:
+        for number, step in enumerate(steps):
             method = methods.build(step)  # a bad key is told before anything runs
-            tokens = self.add(Node("tokens", self._calibration(config["calibration"]), (fetch,), "calibration"))
-            probes = [self._probe(name, weights, tokens, model, shards) for name in method.probes]
-            plan = self.add(Node("plan", step, (weights, *probes), label))
+            if number == 0:
+                self._check(method, model, config["calibration"])
+            parents = [weights]
+            fitting = methods.fit_of(method)
+            if method.probes or fitting is not None:
+                tokens = self._tokens(config, fetch)
+                if methods.is_sequential(method):  # its statistics are its own, and made with the plan
+                    parents.append(tokens)
+                    step = step | {"dtype": model["dtype"]}
+                else:
+                    parents += [self._probe(name, weights, tokens, model, shards) for name in method.probes]
+                if fitting is not None:
+                    learnt = {"fit": fitting.document(), "dtype": model["dtype"]}
+                    parents.append(self.add(Node("fit", learnt, (weights, tokens), fitting.name)))
+                self.usage.append(self._probe("usage", fetch, tokens, model, shards))
+            base = methods.base_of(method)
+            if base is not None:
+                parents.append(self.add(Node("fetch", self._fetch(sources.model_config(base)), label=base)))
+            plan = self.add(Node("plan", step, tuple(parents), label))
             weights = self.add(Node("apply", {}, (weights, plan), label))
-        if steps:
-            tokens = self.add(Node("tokens", self._calibration(config["calibration"]), (fetch,), "calibration"))
-            self.usage.append(self._probe("usage", fetch, tokens, model, shards))
-        return {
+        tuned = config["tuning"]["name"] != "none"
+        if tuned:
+            weights = self._tune(config["tuning"], fetch, weights, model, label)
+        row = {
             "label": label,
             "method": config["method"]["name"],
             "ratio": config["method"].get("ratio"),
@@ -244,6 +135,33 @@ class _Builder:
             "weights": weights,
             "scores": {task["task"]: self._task(task, weights, label) for task in self._tasks(config)},
         }
+        # Rows of experiments without tuning keep the form, and so the id, that they had before there was any.
+        return row | ({"tuning": config["tuning"]["name"]} if tuned else {})
+
+    def _tune(self, config: Config, fetch: str, weights: str, model: Config, label: str) -> str:
+        """Add the nodes that tune `weights`, on a text of their own, and return the last."""
+        settings = Tuning.of(config)  # a bad key is told before anything runs
+        text = self._calibration(config["calibration"])
+        tokens = self.add(Node("tokens", text, (fetch,), "tuning text"))
+        parents = [weights, tokens]
+        if settings.objective == "distill":
+            answers = {"top": settings.top, "dtype": model["dtype"]}
+            parents.append(self.add(Node("teacher", answers, (fetch, tokens), f"top {settings.top}")))
+        own = {key: value for key, value in config.items() if key != "calibration"}
+        return self.add(Node("tune", {"tuning": own, "dtype": model["dtype"]}, tuple(parents), label))
+
+    def _tokens(self, config: Config, fetch: str) -> str:
+        return self.add(Node("tokens", self._calibration(config["calibration"]), (fetch,), "calibration"))
+
+    def _check(self, method: methods.AnyMethod, model: Config, calibration: Config) -> None:
+        """Refuse what a method cannot do to a model that is here, before anything is collected."""
+        key = (str(model["id"]), model.get("revision"))
+        if key not in self._shapes:
+            directory = sources.present(*key, self.store.root)
+            self._shapes[key] = None if directory is None else Checkpoint(directory).shape()
+        shape = self._shapes[key]
+        if shape is not None:
+            methods.check(method, shape, sources.calibration_tokens(calibration))
 
     def _fetch(self, model: Config) -> Config:
         id = str(model["id"])
@@ -277,20 +195,6 @@ def _shards(calibration: Config) -> int:
     if not isinstance(shards, int) or isinstance(shards, bool) or shards < 1:
         raise UserError(f"conf/calibration: shards={shards!r} is not a number of jobs. Use 1 or more.")
     return shards
-
-
-def _label(config: Config, point: Point) -> str:
-    """The name of a table's row: the method, what it removes, and what else the sweep varies but the seed."""
-    method, then = config["method"], config["then"]
-    parts = ["full" if method["name"] == "none" else method["name"]]
-    if method.get("ratio") is not None:
-        parts.append(f"{100 * method['ratio']:g} %")
-    if then["name"] != "none":
-        parts = [] if method["name"] == "none" else [*parts, "+"]
-        parts.append(then["name"])
-    known = {"method", "method@then", "method.ratio", "method.seed", "then.seed"}
-    parts += [f"{key.removeprefix('method.')}={value}" for key, value in point.items() if key not in known]
-    return " ".join(parts)
 
 
 def save(experiment: Experiment, store: Store) -> dict[str, Any]:

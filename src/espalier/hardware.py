@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from espalier import conf
+from espalier import conf, limits
 from espalier.errors import UserError, nearest
 
 HERE = "here"
@@ -49,9 +49,7 @@ class Hardware:
         if values.get("cores") is None:
             values["cores"] = len(os.sched_getaffinity(0))
         if values.get("memory") is None:
-            import psutil
-
-            values["memory"] = float(psutil.virtual_memory().available)
+            values["memory"] = limits.free_memory()
         if name == HERE and values.get("gpu_memory") is None:
             values["gpu_memory"] = _gpu_memory()
         numbers: dict[str, Any] = {key: value and float(value) for key, value in values.items() if key != "name"}

@@ -5,6 +5,8 @@ import ctypes
 import os
 
 PRIMITIVES = "64"
+# Compiled products are kept twice: by oneDNN, and by PyTorch's layer above it (ideep), by their own variables.
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def trim() -> None:
@@ -18,9 +20,10 @@ def trim() -> None:
 
 
 def bound_primitives() -> None:
-    """Let oneDNN keep few compiled products, unless the user has said how many; before its first use in the process.
+    """Let oneDNN and PyTorch keep few compiled products, unless the user has said how many; before their first use.
 
-    It keeps 1,024 by default. Each number of tokens that an expert gets makes a new one, so that nearly none is used
-    again, and 24 layers of 8 experts held 0.2 GB of them.
+    Each keeps 1,024 by default, of 0.3 MB or more. Each number of tokens that an expert gets makes a new one in bf16,
+    so that nearly none is used again: they held 0.6 GB beside a model of 0.02 GB.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)
+    for name in CACHES:
+        os.environ.setdefault(name, PRIMITIVES)

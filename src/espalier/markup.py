@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from espalier.passes import sentence
+
 Document = Mapping[str, Any]
 DAGGER = "†"
 NONE = "–"
@@ -43,9 +45,14 @@ def millions(value: float) -> str:
     return f"{value / 1e6:.2f}" if value < 1e8 else f"{value / 1e6:,.0f}"
 
 
+def seconds(value: float | None) -> str:
+    """Format a time: a tenth of a second below ten."""
+    return NONE if value is None else f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+
+
 def main_rows(table: Document) -> tuple[list[str], list[list[str]]]:
     """Return header and cells of the table of means: one line a label, what the seeds share averaged."""
-    header = ["method", "seeds", "stored", "unique", "active"]
+    header = ["method", "seeds", "plan s", "stored", "unique", "active"]
     has_texts = any("perplexity" in line for line in table["summary"])
     has_choices = any("accuracy" in line for line in table["summary"])
     if has_texts:
@@ -54,7 +61,8 @@ def main_rows(table: Document) -> tuple[list[str], list[list[str]]]:
         header += ["accuracy % [95 %]", "Δ full [95 %]"]
     rows = []
     for line in table["summary"]:
-        row = [name_of(line), str(len(line["seeds"])), *(millions(line[key]) for key in ("stored", "unique", "active"))]
+        counts = [millions(line[key]) for key in ("stored", "unique", "active")]
+        row = [name_of(line), str(len(line["seeds"])), seconds(line.get("plan_seconds")), *counts]
         if has_texts:
             found = line.get("perplexity", {})
             row += [between(found, "value", number), between(found, "ratio", number)]
@@ -114,7 +122,10 @@ def published_rows(table: Document) -> tuple[list[str], list[list[str]]]:
 def legend(table: Document, paired: bool = True) -> list[str]:
     """Return the sentences that explain the columns, with those of the differences from the full model if `paired`."""
     kinds = {facts["kind"] for facts in table["tasks"].values()}
-    lines = ["Parameters in millions: stored in the files, unique after sharing, active for one token (measured)."]
+    lines = [
+        "`plan s`: seconds that the plan took, statistics apart. Parameters in millions: stored in the files, unique "
+        "after sharing, active for one token (measured)."
+    ]
     if "perplexity" in kinds:
         ratio = "; `× full`: its ratio to the uncompressed model's, paired over documents" if paired else ""
         lines.append(f"Perplexity (ppl): geometric mean over the texts, lower is better{ratio}.")
@@ -129,8 +140,10 @@ def legend(table: Document, paired: bool = True) -> list[str]:
     bounds = "[95 %]" if paired else "±"
     lines.append(
         f"{bounds}: 95 % interval over items or documents; with several seeds, the variance over seeds is added. "
-        "The ratio in a method's name is the fraction of experts removed."
+        "The ratio in a method's name is the fraction of experts removed (camera_p: of neurons)."
     )
+    if table.get("passes"):
+        lines.append(sentence(table["passes"]))
     if any(line["dirty"] for line in table["summary"]):
         lines.append(f"{DAGGER} made from a source tree with uncommitted changes.")
     return lines

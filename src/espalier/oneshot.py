@@ -1,25 +1,29 @@
 """Compress one model with one method in one call: tokens, collect, plan and apply without a pipeline."""
 
-import contextlib
-import os
+import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from espalier import conf, methods, sources
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError, nearest
-from espalier.methods import Method
-from espalier.partial import check_disk, refuse_existing
-from espalier.plan import Plan, survivors
+from espalier.fit_settings import Fitting
+from espalier.methods import AnyMethod
+from espalier.partial import check_disk, code_version, refuse_existing, resumable_work, work_folder
+from espalier.plan import Plan
 from espalier.progress import Progress
 from espalier.running import Running
 from espalier.shape import ModelShape
 from espalier.stats import Stats
+from espalier.store import read_json, write_json
 
+STEP = "espalier.step/1"
 Tokens = tuple[Any, Any, dict[str, Any]]  # input_ids [N, L], attention_mask [N, L] or None, facts
 
 
@@ -28,17 +32,16 @@ class Step:
     """One method with its settings; `config` is what its YAML and the caller said."""
 
     config: dict[str, Any]
-    method: Method
+    method: AnyMethod
+    base: Path | None = None  # the second model of a method that compares two
 
     @property
     def name(self) -> str:
         return str(self.config["name"])
 
     def check(self, shape: ModelShape) -> None:
-        """Raise UserError when the ratio does not fit the model, before any weight is read."""
-        ratio = getattr(self.method, "ratio", None)
-        if ratio is not None:
-            survivors(ratio, shape, f"conf/method/{self.name}.yaml")
+        """Raise UserError when the method does not fit the model, before any weight is read."""
+        methods.check(self.method, shape, None)
 
 
 def compress(
@@ -65,16 +68,19 @@ def compress(
     `calibration`: a name of conf/calibration, a file of tokens or of text. `dtype` the forward pass runs in
     (default: the model's own). `batch_size` in sequences. `device`: `cpu`, `cuda`, default the first GPU, else the
     processor. `stream`: `auto` loads the model whole where it fits into memory, else one decoder layer at a time;
-    `always`, `never`; a streamed calibration pass that is killed is continued by the same call. Hub models are kept
-    in `{results}/models`. `keep_work` keeps tokens, statistics and plans in `{out}.work`. `prove=False` leaves out
-    the proof that the output loads and computes what the plan says.
+    `always`, `never`. Hub models are kept in `{results}/models`. `keep_work` keeps tokens, statistics and plans in
+    `{out}.work`. `prove=False` leaves out the proof that the output loads and computes what the plan says.
 
     UserError, before the model is loaded where it can be known: `out` exists, an unknown name or key, a dense or
-    unknown model, a ratio that leaves too few experts, tokens that do not fit the model, too small a disk.
-    Nothing is left behind by a failure.
+    unknown model, a ratio that leaves too few experts, tokens that do not fit the model, too small a disk, another
+    run at work on `out`. Nothing is left behind by such an error.
+
+    After a kill, an interrupt or a full disk the same call goes on: finished steps, passes over the calibration,
+    layers of a streamed pass and shards are not made again. Until then they lie hidden beside `out`.
     """
     out, results = Path(out), Path(results)
-    refuse_existing(out)
+    if not work_folder(out).exists():  # else what an interrupted run left is removed first
+        refuse_existing(out)
     steps = make_steps(method, then, settings)
     tell = progress or (lambda what, done, total: None)
     model_config = sources.model_config(str(model))
@@ -83,29 +89,23 @@ def compress(
     shape = Checkpoint(source).shape()
     for step in steps:
         step.check(shape)
+    steps = [_with_base(step, results, tell) for step in steps]
     _check_space(source, steps, out)
     calibration_config = calibration_of(str(calibration))
     ids, mask, facts = _tokens(calibration_config, source)
+    methods.check(steps[0].method, shape, int(ids.size if mask is None else mask.sum()))
     identity = {"id": id, "revision": _revision(id, model_config.get("revision"), results), "family": shape.family}
     card: dict[str, Any] = {"calibration": None}
-    if any(step.method.probes for step in steps):
+    if any(methods.evidence_of(step.method) for step in steps):
         name = Path(calibration_config.get("path") or calibration_config["name"]).name
         card["calibration"] = f"{name}, {ids.shape[0]} sequences of {ids.shape[1]} tokens"
     computed = str(dtype or model_config.get("dtype", "auto"))
     running = Running.of(device=device or "auto", stream=stream, collect_batch_size=batch_size)
-    reports = []
-    with _work_folder(out, keep_work) as work:
-        current = source
-        for n, step in enumerate(steps):
-            state = out.with_name(f".{out.name}.collect-{n}")
-            stats = _collect(step, current, (ids, mask, facts), computed, running, state, tell)
-            plan = _plan(step, stats, current, identity)
-            if keep_work:
-                _keep(work, f"{n}-{step.name}", stats, plan, (ids, mask, facts))
-            last = n == len(steps) - 1
-            target = out if last else work / f"{n}-{step.name}"
-            reports.append(_apply(current, plan, target, card, last and prove, running.apply_workers, tell))
-            current = target
+    run = _Run(identity, (ids, mask, facts), computed, running, card, tell)
+    with resumable_work(out, run.key(source, steps)) as work:
+        reports = run.chain(source, steps, work, out, prove)
+        if keep_work:
+            _keep(work, out.with_name(f"{out.name}.work"), run.tokens)
     return {
         "out": str(out),
         "model": identity,
@@ -143,6 +143,16 @@ def _step(name: str, settings: dict[str, Any]) -> Step:
     return Step(merged, methods.build(merged))
 
 
+def _with_base(step: Step, results: Path, tell: Progress) -> Step:
+    """Fetch the second model of a method that compares two."""
+    base = methods.base_of(step.method)
+    if base is None:
+        return step
+    model = sources.model_config(base)
+    directory = sources.resolve(str(model["id"]), model.get("revision"), results, lambda line: tell(line, 0, 0))
+    return replace(step, base=directory)
+
+
 def calibration_of(name: str) -> dict[str, Any]:
     """Return a calibration's configuration: conf/calibration/NAME.yaml, or that of a file of tokens or text."""
     if name in conf.names("calibration"):
@@ -158,7 +168,7 @@ def _check_space(source: Path, steps: list[Step], out: Path) -> None:
     from espalier.estimate import checkpoint_bytes
 
     needed = checkpoint_bytes(source, [getattr(step.method, "ratio", None) for step in steps])
-    check_disk(out, needed)
+    check_disk(out, needed, work=True)
 
 
 def _tokens(calibration: dict[str, Any], source: Path) -> Tokens:
@@ -179,68 +189,127 @@ def _revision(id: str, revision: str | None, results: Path) -> str | None:
     return sources.revision_of(id, revision, results)
 
 
-def _collect(
-    step: Step, source: Path, tokens: Tokens, dtype: str, running: Running, state: Path, tell: Progress
-) -> Stats:
-    if not step.method.probes:
-        return Stats.empty(Checkpoint(source).shape())
-    from espalier.collect import collect_checkpoint
+@dataclass(frozen=True)
+class _Run:
+    """What all steps of a call share, and how they are done; what a step has made is not made again."""
 
-    ids, mask, _ = tokens
-    tell(f"{step.name}: loading {source}", 0, 0)
-    progress = _named(tell, f"{step.name}: collect")
-    try:
-        stats = collect_checkpoint(
-            source, dtype, running, ids, mask, step.method.probes, state=state, progress=progress
-        )
-    except Exception:  # an interruption leaves it, and the same call then continues
+    identity: dict[str, Any]  # of the model: id, revision, family
+    tokens: Tokens
+    dtype: str
+    running: Running
+    card: dict[str, Any]
+    tell: Progress
+
+    def key(self, source: Path, steps: list[Step]) -> dict[str, Any]:
+        """Return the JSON object that determines every file of the work folder."""
+        arrays = [np.ascontiguousarray(array).tobytes() for array in self.tokens[:2] if array is not None]
+        running = self.running
+        return {
+            "source": [str(source.resolve()), Checkpoint(source).fingerprint],
+            "model": self.identity,
+            "tokens": hashlib.sha256(b"".join(arrays)).hexdigest(),
+            "steps": [step.config for step in steps],
+            "bases": [Checkpoint(step.base).fingerprint for step in steps if step.base is not None],
+            # How the tokens are cut into batches and where they run decides about rounding.
+            "running": [self.dtype, running.torch_device(), running.stream, running.collect_batch_size],
+            "card": self.card,
+            "code": code_version(),
+        }
+
+    def chain(self, source: Path, steps: list[Step], work: Path, out: Path, prove: bool) -> list[dict[str, Any]]:
+        """Do the steps, the last into `out`, the others into `work`; return what `apply` says of each."""
+        reports = []
+        for n, step in enumerate(steps):
+            name, last = work / f"{n}-{step.name}", n == len(steps) - 1
+            done = name.with_suffix(".done.json")
+            if done.exists():
+                reports.append(read_json(done, STEP)["apply"])
+            else:
+                plan = self._plan(step, source, name)
+                reports.append(self._apply(source, plan, out if last else name, not last, last and prove))
+                if not last:
+                    write_json(done, {"format": STEP, "apply": reports[-1]})
+            source = name
+        return reports
+
+    def _plan(self, step: Step, source: Path, name: Path) -> Plan:
+        kept, shape = name.with_suffix(".plan.json"), Checkpoint(source).shape()
+        if kept.exists():
+            return Plan.load(kept)
+        if methods.is_sequential(step.method):
+            plan = self._plan_sequentially(step, source)
+        else:
+            plan = methods.make_plan(step.method, self._evidence(step, source, name), shape, source, step.base)
+        plan.identified(self.identity, shape).save(kept)
+        return Plan.load(kept)  # its tensors are read from the file from now on
+
+    def _plan_sequentially(self, step: Step, source: Path) -> Plan:
+        from espalier.sequential import SequentialMethod, plan_sequentially
+
+        progress = _named(self.tell, f"{step.name}: layers")
+        method = cast(SequentialMethod, step.method)
+        return plan_sequentially(method, source, self.dtype, self.running, *self.tokens[:2], progress=progress)
+
+    def _evidence(self, step: Step, source: Path, name: Path) -> Stats:
+        """Return what was collected and what was learnt, together."""
+        fitting = methods.fit_of(step.method)
+        paths = [self._collect(step, source, name)] if step.method.probes or fitting is None else []
+        if fitting is not None:
+            paths.append(self._fit(step, fitting, source, name))
+        return Stats.load(*paths)
+
+    def _fit(self, step: Step, fitting: Fitting, source: Path, name: Path) -> Path:
+        from espalier.fit import fit, save_fit
+
+        kept, state = name.with_suffix(".fit.safetensors"), name.with_suffix(".training")
+        if not kept.exists():
+            ids, mask, _ = self.tokens
+            progress = _named(self.tell, f"{step.name}: fit")
+            stats, curve = fit(source, fitting, ids, mask, self.running, state, dtype=self.dtype, progress=progress)
+            save_fit(kept, stats, fitting, curve)
+            shutil.rmtree(state, ignore_errors=True)
+        return kept
+
+    def _collect(self, step: Step, source: Path, name: Path) -> Path:
+        kept, state = name.with_suffix(".stats.safetensors"), name.with_suffix(".partial")
+        if kept.exists():
+            return kept
+        if not step.method.probes:
+            stats = Stats.empty(Checkpoint(source).shape())
+        else:
+            from espalier.collect import collect_checkpoint
+
+            ids, mask, _ = self.tokens
+            self.tell(f"{step.name}: loading {source}", 0, 0)
+            progress = _named(self.tell, f"{step.name}: collect")
+            stats = collect_checkpoint(
+                source, self.dtype, self.running, ids, mask, step.method.probes, state=state, progress=progress
+            )
+        stats.save(kept)
         shutil.rmtree(state, ignore_errors=True)
-        raise
-    shutil.rmtree(state, ignore_errors=True)
-    return stats
+        return kept
 
+    def _apply(self, source: Path, plan: Plan, out: Path, replace: bool, prove: bool) -> dict[str, Any]:
+        from espalier.apply import apply
 
-def _plan(step: Step, stats: Stats, source: Path, identity: dict[str, Any]) -> Plan:
-    shape = Checkpoint(source).shape()
-    return step.method.plan(stats, shape).check(shape).identified(identity, shape)
-
-
-def _apply(
-    source: Path, plan: Plan, out: Path, card: dict[str, Any], prove: bool, workers: int, tell: Progress
-) -> dict[str, Any]:
-    from espalier.apply import apply
-
-    progress = _named(tell, f"{plan.method['name']}: apply")
-    return apply(source, plan, out, prove=prove, card=card, progress=progress, workers=workers)
+        progress = _named(self.tell, f"{plan.method['name']}: apply")
+        workers = self.running.apply_workers
+        return apply(
+            source, plan, out, replace=replace, prove=prove, card=self.card, progress=progress, workers=workers
+        )
 
 
 def _named(tell: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: tell(what, done, total)
 
 
-def _keep(work: Path, name: str, stats: Stats, plan: Plan, tokens: Tokens) -> None:
+def _keep(work: Path, kept: Path, tokens: Tokens) -> None:
+    """Put the steps' plans, statistics and checkpoints, with the tokens, into the folder `kept`."""
     from espalier.tokens import save_tokens
 
     save_tokens(work / "tokens.safetensors", *tokens)
-    stats.save(work / f"{name}.stats.safetensors")
-    plan.save(work / f"{name}.plan.json")
-
-
-@contextlib.contextmanager
-def _work_folder(out: Path, keep: bool) -> Iterator[Path]:
-    """Yield a folder beside `out`, on the same disk; it goes away unless all went well and `keep` is set."""
-    work = out.with_name(f".{out.name}.{os.getpid()}.work")
-    made = [parent for parent in out.resolve().parents if not parent.exists()]
-    work.mkdir(parents=True)
-    try:
-        yield work
-        if keep:
-            kept = out.with_name(f"{out.name}.work")
-            shutil.rmtree(kept, ignore_errors=True)
-            work.replace(kept)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if not out.exists():
-            for parent in made:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir()
+    for path in sorted(work.iterdir()):
+        if not path.name.startswith(".") and not path.name.endswith(".done.json"):
+            path.replace(kept / path.name)

@@ -1,4 +1,4 @@
-"""A folder of shards that is written beside its final place, locked against a second run and kept when interrupted."""
+"""What is written beside its final place, locked against a second run and kept when interrupted."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from espalier.errors import UserError
+from espalier.errors import UserError, mendable
 from espalier.store import digest
 
 SHARDS = "*.safetensors"
+WEIGHTS = "model*.safetensors"
+ALL = "*"
 LOCK, IDENTITY, FILES, OLD = "lock", "identity", "files", "old"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -40,11 +42,11 @@ def resumable_directory(path: Path, identity: Any, replace: bool = False) -> Ite
             refuse_existing(path)
         lock = _lock(folder, path)
     except OSError as error:
-        raise _user_error(error, path, []) from error
+        raise write_error(error, path) from error
     try:
         if not replace:
             refuse_existing(path)  # another run may have finished it meanwhile
-        files = _prepare(folder, digest(identity))
+        files = _prepare(folder, digest(identity), SHARDS)
         filling = True
         yield files
         if os.path.lexists(final):
@@ -58,9 +60,54 @@ def resumable_directory(path: Path, identity: Any, replace: bool = False) -> Ite
         else:
             _remove(folder, lock)
         if isinstance(error, OSError):
-            raise _user_error(error, path, shards) from error
+            raise write_error(error, path, _kept(shards, path)) from error
         raise
     _remove(folder, lock)
+
+
+@contextlib.contextmanager
+def resumable_work(path: Path, identity: Any, replace: bool = False) -> Iterator[Path]:
+    """Yield the folder for what is made on the way to `path`; it goes away when the context ends without an error.
+
+    The folder given holds what an interrupted run of the same `identity` (any JSON value) left. It stays for the
+    next run after a kill and after an error that can be mended (`errors.mendable`); any other error removes it, and
+    the parents of `path` that were made for it.
+
+    UserError when `path` exists and is not empty (unless `replace`), or when another run is at work for it.
+    """
+    folder = work_folder(path)
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        if not folder.exists() and not replace:
+            refuse_existing(path)
+        lock = _lock(folder, path)
+    except OSError as error:
+        raise write_error(error, path) from error
+    begun = False
+    try:
+        if not replace:
+            refuse_existing(path)  # a run that was killed after its end left the folder
+        files = _prepare(folder, digest(identity), ALL)
+        begun = True
+        yield files
+    except BaseException as error:
+        if begun and mendable(error) and any(files.iterdir()):
+            os.close(lock)
+        else:
+            _remove(folder, lock)
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+        if isinstance(error, OSError):
+            raise write_error(error, path) from error
+        raise
+    _remove(folder, lock)
+
+
+def work_folder(path: Path) -> Path:
+    """Return the hidden folder beside `path` for what is made on the way to it."""
+    final = _absolute(path)
+    return final.parent / f".{final.name}.work"
 
 
 def partial_folder(path: Path) -> Path:
@@ -69,16 +116,21 @@ def partial_folder(path: Path) -> Path:
     return final.parent / f".{final.name}.partial"
 
 
-def check_disk(path: Path, needed: float) -> None:
-    """Raise UserError unless `needed` bytes fit beside `path`; what an interrupted run left of them counts as free."""
+def check_disk(path: Path, needed: float, work: bool = False) -> None:
+    """Raise UserError unless `needed` bytes fit beside `path`; what an interrupted run left of them counts as free.
+
+    With `work` the checkpoints on the way to `path` (`resumable_work`) are among the bytes needed.
+    """
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    left = sum(file.lstat().st_size for file in (partial_folder(path) / FILES).glob(SHARDS))
+    folders = [partial_folder(path), *([work_folder(path)] if work else [])]
+    kept = [file for folder in folders for file in folder.rglob(WEIGHTS)]
+    left = sum(file.lstat().st_size for file in kept)
     free = shutil.disk_usage(parent).free
     if free + left < needed * 1.01 + 1e5:  # headers, config, card
         raise UserError(
             f"{path}: needs {needed / 1e9:.3f} GB, but {parent} has {(free + left) / 1e9:.3f} GB free. "
             "Free some space or write elsewhere."
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # what is there already stays for the next run
 
 
 def code_version() -> str:
@@ -129,8 +181,8 @@ def _lock(folder: Path, path: Path) -> int:
         os.close(lock)
 
 
-def _prepare(folder: Path, identity: str) -> Path:
-    """Leave in `folder` the finished shards of the same identity and nothing else; return where they lie."""
+def _prepare(folder: Path, identity: str, finished: str) -> Path:
+    """Leave in `folder` the `finished` files of the same identity and nothing else; return where they lie."""
     files, mark = folder / FILES, folder / IDENTITY
     shutil.rmtree(folder / OLD, ignore_errors=True)
     if not mark.exists() or mark.read_text() != identity:
@@ -138,7 +190,7 @@ def _prepare(folder: Path, identity: str) -> Path:
             shutil.rmtree(files)  # an error here must not be passed over: what stayed would be trusted
         mark.write_text(identity)
     files.mkdir(exist_ok=True)
-    for file in set(files.iterdir()) - set(files.glob(SHARDS)):
+    for file in set(files.iterdir()) - set(files.glob(finished)):
         _delete(file)
     return files
 
@@ -162,8 +214,12 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _user_error(error: OSError, path: Path, shards: list[Path]) -> UserError:
-    kept = f"{len(shards)} finished shards stay in {partial_folder(path)}" if shards else "Nothing was kept"
+def _kept(shards: list[Path], path: Path) -> str:
+    return f"{len(shards)} finished shards stay in {partial_folder(path)}" if shards else "Nothing was kept"
+
+
+def write_error(error: OSError, path: Path, kept: str = "Nothing was kept") -> UserError:
+    """Return the one-line error for `path`, which the system could not write; `kept` says what the next run finds."""
     if error.errno in FULL:
         parent = next(folder for folder in path.absolute().parents if folder.exists())
         free = shutil.disk_usage(parent).free / 1e9

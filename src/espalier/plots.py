@@ -12,7 +12,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from espalier.plan import Keep, Merge, Plan
+from espalier.operations import Keep, Merge
+from espalier.plan import Plan
 from espalier.stats import Stats
 from espalier.store import atomic_file
 

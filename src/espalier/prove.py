@@ -87,7 +87,8 @@ def _planned_streamed(
     def change(layer: int, module: Any) -> None:
         if layer in plan.layers:
             block = getattr(module, family.module)
-            change_block(block, plan.layers[layer], family, renormalise)
+            attention = getattr(module, "self_attn", None)
+            change_block(block, plan.layers[layer], family, renormalise, plan.tensors, attention)
             for parameter in block.experts.parameters(recurse=False):
                 parameter.data = parameter.data.to(stored).float()
 

@@ -1,10 +1,13 @@
 """From a job's node to its cost: the sizes of the model its parents lead to, its tokens, its settings."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 from espalier import sources
 from espalier.errors import UserError
 from espalier.estimate import (
+    CHOICE_LENGTH,
     Cost,
     apply_cost,
     collect_cost,
@@ -14,14 +17,20 @@ from espalier.estimate import (
     statistics_bytes,
     tokens_cost,
 )
+from espalier.fit_cost import fit_cost
+from espalier.fit_settings import Fitting
 from espalier.hardware import Hardware
 from espalier.running import Running
 from espalier.sizes import Sizes, sizes_of_source
-from espalier.store import Store
+from espalier.store import MODELS, Store
+from espalier.tune_cost import teacher_cost, tune_cost
+from espalier.tune_settings import Tuning
 
 Document = dict[str, Any]
 
 BYTES_PER_TOKEN = 3.5  # of English text under a common tokenizer
+# Of a task's longest choice to their mean: the passages of BoolQ go up to seven times, its excerpt here to four.
+LONGEST = 6
 SCORE_LENGTH = 256  # tokens of a scored sequence where no length is set
 FEW_DOCUMENTS_TOKENS = 16000  # on which active parameters are measured where no perplexity is asked for
 
@@ -103,9 +112,32 @@ class Reckoner:
         cost = plan_cost(parts)
         return Cost(read=parts, written=made, kept=made, disk=made, memory=tokens_cost().memory + cost.memory + made)
 
+    def _fit(self, job: Document) -> Cost:
+        sizes, config = self._weights(job), job["config"]
+        tokens, length = self._calibration(self.store.parent(job, "tokens")["config"])
+        if sizes is None or tokens == 0:
+            return Cost()
+        fitting, dtype = Fitting(**config["fit"]), str(config["dtype"])
+        return fit_cost(sizes, tokens, length, fitting, dtype, self.running, self.hardware)
+
     def _plan(self, job: Document) -> Cost:
-        probes = (parent for parent in map(self.store.read_node, job["parents"]) if parent["stage"] == "probe")
+        parents = [self.store.read_node(id) for id in job["parents"]]
+        if any(parent["stage"] == "tokens" for parent in parents):
+            return self._plan_sequentially(job)
+        probes = (parent for parent in parents if parent["stage"] == "probe")
         return plan_cost(sum(map(self._statistics, probes)))
+
+    def _plan_sequentially(self, job: Document) -> Cost:
+        """A pass over the layers that carries the tokens three times, and keeps what a layer's probes gather."""
+        sizes, config = self._weights(job), job["config"]
+        tokens, length = self._calibration(self.store.parent(job, "tokens")["config"])
+        if sizes is None or tokens == 0:
+            return Cost()
+        running = replace(self.running, stream="always")
+        probes = frozenset({"residual_gram"})
+        cost = collect_cost(sizes, tokens, length, probes, str(config["dtype"]), running, self.hardware)
+        plain = 2 * forward_flops(sizes, tokens, length, head=False)
+        return replace(cost, flops=cost.flops + plain, written=0.0, kept=0.0, disk=0.0)
 
     def _apply(self, job: Document) -> Cost:
         before, after = self._weights(job), self._model(job)
@@ -118,7 +150,7 @@ class Reckoner:
         sizes, config = self._weights(job), job["config"]
         if sizes is None:
             return Cost()
-        flops, length, choices, windows = 0.0, SCORE_LENGTH, 0, 0
+        flops, length, choices, windows, longest = 0.0, SCORE_LENGTH, 0, 0, 0
         for task in config["tasks"]:
             own = int(task.get("length") or SCORE_LENGTH)
             tokens = self._scored_tokens(task)
@@ -126,18 +158,36 @@ class Reckoner:
             if str(task["task"]).startswith("perplexity_"):
                 windows, length = windows + tokens, max(length, own)
             else:
-                choices += tokens
+                choices, longest = choices + tokens, max(longest, _longest_choice(task))
         if sizes.experts and not windows:
             flops += forward_flops(sizes, FEW_DOCUMENTS_TOKENS, length)
-        return score_cost(sizes, choices, windows, length, flops, str(config["dtype"]), self.running, self.hardware)
+        longest = min(longest, sizes.positions or longest)
+        dtype = str(config["dtype"])
+        return score_cost(sizes, choices, windows, length, flops, dtype, self.running, self.hardware, longest)
+
+    def _teacher(self, job: Document) -> Cost:
+        sizes, config = self._weights(job), job["config"]
+        tokens, length = self._calibration(self.store.parent(job, "tokens")["config"])
+        if sizes is None or tokens == 0:
+            return Cost()
+        return teacher_cost(sizes, tokens, length, config["top"], str(config["dtype"]), self.running, self.hardware)
+
+    def _tune(self, job: Document) -> Cost:
+        sizes, original, config = self._weights(job), self._model(self.store.origin(job)), job["config"]
+        tokens, length = self._calibration(self.store.parent(job, "tokens")["config"])
+        if sizes is None or original is None or tokens == 0:
+            return Cost()
+        tuning, dtype = Tuning.of(config["tuning"]), str(config["dtype"])
+        return tune_cost(sizes, original, tokens, length, tuning, dtype, self.running, self.hardware)
 
     def _weights(self, job: Document) -> Sizes | None:
-        return self._model(self.store.parent(job, "fetch", "apply"))
+        return self._model(self.store.parent(job, *MODELS))
 
     def _model(self, node: Document) -> Sizes | None:
-        """Sizes of the checkpoint that a `fetch` or `apply` node stands for."""
+        """Sizes of the checkpoint that a `fetch`, `apply` or `tune` node stands for."""
+        make = {"apply": self._after, "tune": self._weights, "fetch": self._source}
         if node["id"] not in self._sizes:
-            self._sizes[node["id"]] = self._after(node) if node["stage"] == "apply" else self._source(node)
+            self._sizes[node["id"]] = make[node["stage"]](node)
         return self._sizes[node["id"]]
 
     def _source(self, node: Document) -> Sizes | None:
@@ -178,6 +228,19 @@ class Reckoner:
             return min(count, limit or count) * continuations * tokens
         self.unknown.add(f"task {name}: how many tokens it scores is not known; its time is not counted.")
         return 0
+
+
+def _longest_choice(task: Document) -> int:
+    """Tokens of a task's longest choice with its context."""
+    name = str(task["task"])
+    items = sources.ASSETS / "tasks" / f"{name}.jsonl"
+    if not items.is_file():
+        return LONGEST * KNOWN_TASKS[name][2] if name in KNOWN_TASKS else CHOICE_LENGTH
+    lengths = []
+    for item in map(json.loads, items.read_text().splitlines()[: task.get("limit")]):
+        text = sum(len(item.get(key, "")) for key in ("context", "passage", "question"))
+        lengths.append(text + max(map(len, item.get("choices", [""]))))
+    return int(max(lengths) / BYTES_PER_TOKEN)
 
 
 def _router(method: Document) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from espalier.activations import Activations
+from espalier.partial import write_error
 from espalier.stats import Stats
 from espalier.store import digest, write_json
 
@@ -21,6 +22,8 @@ class CollectState:
 
     A folder of another identity is emptied. After each layer `save` first writes its statistics, then replaces
     the activations, which name their layer: killed at any moment, the folder holds one whole state.
+
+    UserError when the folder cannot be made.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -33,9 +36,13 @@ class CollectState:
         except (OSError, ValueError):
             same = False
         if not same:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_json(mark, record)
+            try:
+                if folder.exists():
+                    shutil.rmtree(folder)
+                folder.mkdir(parents=True)
+                write_json(mark, record)
+            except OSError as error:
+                raise write_error(error, folder) from error
 
     @property
     def layers(self) -> int:
@@ -72,6 +79,3 @@ class CollectState:
     def stats(self, layer: int) -> Stats:
         """Return the statistics of a finished layer with a MoE block."""
         return Stats.load(self._stats(layer))
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)

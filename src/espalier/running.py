@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier import conf
+from espalier import conf, heap, limits
 from espalier.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ class Running:
         return cls(**values)
 
     def torch_device(self) -> str:
-        """Return the torch device; `auto` is the first GPU, else the processor."""
+        """Return the torch device, `auto` is the first GPU, else the processor; what libraries cache is bounded."""
         import torch
 
+        heap.bound_primitives()
         if self.device != "auto":
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,13 +81,12 @@ def loaded_bytes(checkpoint: Checkpoint, dtype: str) -> float:
 
 
 def free_bytes(device: str) -> float:
-    """Return the free memory of a device, in bytes."""
-    import psutil
+    """Return the free memory of a device in bytes, of the processor's as control groups and Slurm limit it."""
     import torch
 
     if torch.device(device).type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available)
+    return limits.free_memory()
 
 
 def byte_count(value: Any, key: str) -> float:

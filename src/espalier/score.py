@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from espalier import runtime
 from espalier.checkpoint import Checkpoint
+from espalier.collect import check_weights, naming_file
 from espalier.embedded.assets import text_directory
 from espalier.embedded.documents import read_jsonl
 from espalier.embedded.tasks import task_configs, task_names
@@ -62,6 +63,8 @@ def score(
     UserError for an unknown task, data that cannot be had, or a task that generates text with a streamed model.
     """
     checkpoint = Checkpoint(directory)
+    if _is_moe(checkpoint):
+        checkpoint.shape()  # config.json and tensors that disagree are told before the model is loaded
     texts = {task["task"]: _documents(task["task"]) for task in tasks if task["task"].startswith(PREFIX)}
     lengths = {task["task"]: task.get("length") for task in tasks}
     model = _load_model(directory, checkpoint, dtype, running)
@@ -95,7 +98,10 @@ def _load_model(
 ) -> PreTrainedModel | StreamedModel:
     if running.streams(checkpoint, dtype):
         return StreamedModel(directory, dtype, running.torch_device())
-    return cast(PreTrainedModel, runtime.load(directory, dtype, running.torch_device()))
+    model = cast(PreTrainedModel, runtime.load(directory, dtype, running.torch_device()))
+    with naming_file(checkpoint):
+        check_weights(model)
+    return model
 
 
 def _document_scores(

@@ -9,7 +9,8 @@ class ModelShape:
     """Sizes of a Mixture-of-Experts decoder.
 
     `layers` are the decoder layers that hold a MoE block. `expert_parameters` counts one expert's weights
-    (and biases), `router_row_parameters` what one expert adds to a router. `total_parameters` counts every
+    (and biases), `neuron_parameters` what each of its F neurons adds to them (0: not known), `router_row_parameters`
+    what one expert adds to a router. `total_parameters` counts every
     tensor of the checkpoint once (tied embeddings once). `always_active_parameters` are those that every
     token uses: all but the routed experts and `idle_parameters` (multi-token-prediction layers).
 
@@ -33,6 +34,7 @@ class ModelShape:
     group_least: int = 1
     router: str = "softmax"
     idle_parameters: int = 0
+    neuron_parameters: int = 0
 
     @property
     def always_active_parameters(self) -> int:

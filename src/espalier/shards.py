@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier import heap
-from espalier.checkpoint import INDEX, ITEM_BYTES, SINGLE, TORCH_NAMES, Checkpoint
+from espalier.checkpoint import INDEX, SINGLE, Checkpoint
+from espalier.dtypes import ITEM_BYTES, TORCH_NAMES, torch_shape
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
+        return prod(torch_shape(self.dtype, self.shape)) * ITEM_BYTES[self.dtype]
 
 
 class ShardWriter:
@@ -95,6 +96,11 @@ class ShardWriter:
     def layout(self) -> list[list[tuple[str, str, tuple[int, ...]]]]:
         """Return name, dtype and shape of the tensors of each shard."""
         return [[(tensor.name, tensor.dtype, tensor.shape) for tensor in shard] for shard in self.shards]
+
+
+def write_file(path: Path, tensors: list[OutputTensor]) -> None:
+    """Write one safetensors file under a hidden name and rename it when it is whole."""
+    _write(path, _aligned(tensors), _Meter(0, None), threading.Event())
 
 
 class _Meter:
@@ -206,8 +212,9 @@ def _parts(tensor: OutputTensor) -> Iterator[memoryview]:
     import torch
 
     written = 0
+    shape = torch_shape(tensor.dtype, tensor.shape)
     for part in tensor.make():
-        same = part.shape[1:] == tensor.shape[1:] and part.dim() == len(tensor.shape)
+        same = part.shape[1:] == shape[1:] and part.dim() == len(shape)
         if str(part.dtype) != f"torch.{TORCH_NAMES[tensor.dtype]}" or not same:
             raise ValueError(f"{tensor.name}: made {part.dtype} {part.shape}, announced {tensor.dtype} {tensor.shape}")
         raw = part.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -15,6 +15,8 @@ from espalier.parameters import Count, Layer, count, is_moe
 from espalier.running import DTYPE_BYTES
 from espalier.store import read_json
 
+# By the names of their config.json, which transformers does not know; the same architecture.
+SAME_AS = {"kimi_k2": "deepseek_v3"}
 EAGER = ("gpt_oss",)  # families whose attention holds the scores of all pairs of tokens
 
 
@@ -35,6 +37,8 @@ class Sizes:
     vocabulary: int
     bytes_per_parameter: float
     eager: bool = False
+    positions: int = 0  # tokens of the longest sequence, 0 where config.json does not say
+    stacked: bool = False  # whether the files hold a layer's experts in one tensor
 
     @property
     def parameters(self) -> int:
@@ -143,10 +147,11 @@ def sizes_of_source(id: str, fetched: Path | None = None) -> Sizes:
 def sizes_of_directory(directory: Path) -> Sizes:
     """Return the sizes of a model directory, from the headers of its shards or, without any, config.json alone."""
     if not any(directory.glob("*.safetensors")):
-        config = json.loads((directory / "config.json").read_text())
+        config = _known(json.loads((directory / "config.json").read_text()))
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         return sizes_of_config(config, DTYPE_BYTES.get(dtype, 2))
     checkpoint = Checkpoint(directory)
+    checkpoint.config = _known(checkpoint.config)
     stored = sum(entry.nbytes for entry in checkpoint.entries.values())
     counts = checkpoint.expert_counts if is_moe(checkpoint.config) else {}
     sizes = sizes_of_config(checkpoint.config, stored / checkpoint.parameters)
@@ -163,13 +168,14 @@ def sizes_of_config(config: dict[str, Any], bytes_per_parameter: float, loaded: 
 
     UserError for a MoE model of an unknown family.
     """
+    config = _known(config)
     dense_width = int(config.get("intermediate_size") or 0)
     if is_moe(config):
         family = family_of(config)
         width, top_k = int(config[family.width_key]), family.top_k(config)
-        eager = family.model_type in EAGER
+        eager, stacked = family.model_type in EAGER, bool(family.stacked)
     else:
-        width, top_k, eager = 0, 0, False
+        width, top_k, eager, stacked = 0, 0, False, False
     sizes = Sizes(
         count=count(config),
         hidden=int(config["hidden_size"]),
@@ -180,8 +186,16 @@ def sizes_of_config(config: dict[str, Any], bytes_per_parameter: float, loaded: 
         vocabulary=int(config["vocab_size"]),
         bytes_per_parameter=float(bytes_per_parameter),
         eager=eager,
+        stacked=stacked,
+        positions=int(config.get("max_position_embeddings") or 0),
     )
     return sizes if loaded is None else _fitted(sizes, loaded)
+
+
+def _known(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json under the name that transformers gives its architecture."""
+    model_type = config.get("model_type")
+    return config | {"model_type": SAME_AS.get(str(model_type), model_type)}
 
 
 def _fitted(sizes: Sizes, loaded: int) -> Sizes:

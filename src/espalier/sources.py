@@ -63,6 +63,24 @@ def resolve(id: str, revision: str | None, store_root: Path, progress: Progress 
     return hub.download(id, found, directory, progress)
 
 
+def present(id: str, revision: str | None, store_root: Path) -> Path | None:
+    """Return the directory of a model whose files are on this machine already, else None; downloads nothing."""
+    if id == SMOLLM2:
+        return None  # its directory is made when it is fetched
+    if is_local(id) or id == EMBEDDED:
+        return resolve(id, None, store_root)
+    directory = Path(store_root) / "models" / f"{id.replace('/', '--')}@{str(revision)[:12]}"
+    return directory if revision is not None and (directory / "config.json").exists() else None
+
+
+def calibration_tokens(calibration: dict[str, Any]) -> int | None:
+    """Return the number of tokens that a calibration's settings ask for; None where its file decides."""
+    samples, length = calibration.get("samples"), calibration.get("length")
+    if calibration.get("source") == "file" or not isinstance(samples, int) or not isinstance(length, int):
+        return None
+    return samples * length * len(calibration.get("domains", [None]))
+
+
 def is_local(id: str) -> bool:
     """Whether `id` is a path: absolute, starting with a dot or ~, or a directory that holds a config.json."""
     return id.startswith(("/", ".", "~")) or (":" not in id and (Path(id) / "config.json").exists())

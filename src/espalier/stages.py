@@ -3,15 +3,24 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from espalier import conf
 from espalier.errors import UserError
+from espalier.partial import resumable_work
+from espalier.provenance import run_record
 from espalier.running import Running
-from espalier.store import Store, read_json, run_record, write_json
+from espalier.store import MODELS, Store, read_json, write_json
+
+if TYPE_CHECKING:
+    from espalier.plan import Plan
+    from espalier.tracking import Tracker
 
 Document = dict[str, Any]
+
+EVIDENCE = ("probe", "fit")  # stages whose artefact is statistics that a plan is made from
 
 
 def run(node_id: str, store: Store) -> Path:
@@ -34,11 +43,15 @@ def runtime(store: Store) -> Document:
 
 
 def weights(node: Document, store: Store) -> Path:
-    """Return the model directory that a node's `fetch` or `apply` parent stands for."""
-    parent = store.parent(node, "fetch", "apply")
-    if parent["stage"] == "apply":
-        return store.path(parent)
-    return Path(read_json(store.path(parent), "espalier.model/1")["path"])
+    """Return the model directory that a node's `fetch`, `apply` or `tune` parent stands for."""
+    return _directory(store.parent(node, *MODELS), store)
+
+
+def _directory(model: Document, store: Store) -> Path:
+    """Return the directory of a node whose artefact is a model."""
+    if model["stage"] != "fetch":
+        return store.path(model)
+    return Path(read_json(store.path(model), "espalier.model/1")["path"])
 
 
 def _fetch(node: Document, store: Store, artefact: Path, record: Document) -> None:
@@ -62,18 +75,17 @@ def _collect(node: Document, store: Store, artefact: Path, record: Document) -> 
     from espalier.checkpoint import Checkpoint
     from espalier.collect import collect_checkpoint
 
-    directory, config = weights(node, store), node["config"]
-    ids, mask, _ = tokens.load_tokens(
-        store.path(store.parent(node, "tokens")), Checkpoint(directory).config["vocab_size"]
-    )
-    state = artefact.with_name(f".{artefact.stem}.partial")
-    running = Running.of(runtime(store)["runtime"])
-    shard = tuple(config.get("shard", (0, 1)))
-    stats = collect_checkpoint(
-        directory, config["dtype"], running, ids, mask, config["probes"], state=state, shard=shard
-    )
-    stats.save(artefact, node=node["id"])
-    shutil.rmtree(state, ignore_errors=True)
+    config, running = node["config"], Running.of(runtime(store)["runtime"])
+    with resumable_work(artefact, node["id"], replace=True) as work:
+        directory = weights(node, store)
+        ids, mask, _ = tokens.load_tokens(
+            store.path(store.parent(node, "tokens")), Checkpoint(directory).config["vocab_size"]
+        )
+        shard = tuple(config.get("shard", (0, 1)))
+        stats = collect_checkpoint(
+            directory, config["dtype"], running, ids, mask, config["probes"], state=work / "state", shard=shard
+        )
+        stats.save(artefact, node=node["id"])
 
 
 def _reduce(node: Document, store: Store, artefact: Path, record: Document) -> None:
@@ -83,28 +95,72 @@ def _reduce(node: Document, store: Store, artefact: Path, record: Document) -> N
     reduce([Stats.load(store.path(parent)) for parent in node["parents"]]).save(artefact, node=node["id"])
 
 
+def _fit(node: Document, store: Store, artefact: Path, record: Document) -> None:
+    from espalier import tokens
+    from espalier.checkpoint import Checkpoint
+    from espalier.fit import fit, save_fit
+    from espalier.fit_settings import Fitting
+
+    settings, fitting, directory = runtime(store), Fitting(**node["config"]["fit"]), weights(node, store)
+    vocabulary = Checkpoint(directory).config["vocab_size"]
+    ids, mask, _ = tokens.load_tokens(store.path(store.parent(node, "tokens")), vocabulary)
+    running, dtype, state = Running.of(settings["runtime"]), node["config"]["dtype"], _training_state(artefact)
+    with _tracked(node, store, settings) as tracker:
+        stats, curve = fit(directory, fitting, ids, mask, running, state, dtype=dtype, log=tracker.log)
+    save_fit(artefact, stats, fitting, curve, node=node["id"])
+    record["fit"] = {"steps": len(curve), "seconds": curve[-1].seconds, "loss": [curve[0].loss, curve[-1].loss]}
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def _training_state(artefact: Path) -> Path:
+    """Return the hidden folder beside an artefact in which an interrupted training of it is kept."""
+    return artefact.with_name(f".{artefact.name}.training.partial")
+
+
+def _tracked(node: Document, store: Store, settings: Document) -> AbstractContextManager["Tracker"]:
+    from espalier import tracking
+
+    folder = {"directory": settings["tracking"].get("directory") or str(store.root)}
+    return tracking.track(settings["tracking"] | folder, node["id"], node["label"])
+
+
 def _plan(node: Document, store: Store, artefact: Path, record: Document) -> None:
     from espalier.checkpoint import Checkpoint
-    from espalier.methods import build
+    from espalier.methods import build, evidence_of, is_sequential, make_plan
     from espalier.stats import Stats
 
     directory = weights(node, store)
     checkpoint = Checkpoint(directory)
     shape = checkpoint.shape()
-    method = build(node["config"])
-    paths = [store.path(id) for id in node["parents"] if store.read_node(id)["stage"] == "probe"]
-    stats = Stats.load(*paths, probes=method.probes) if paths else Stats.empty(shape)
-    plan = method.plan(stats, shape).check(shape)
+    method = build({key: value for key, value in node["config"].items() if key != "dtype"})
+    if is_sequential(method):
+        plan = _plan_sequentially(method, directory, node, store, record)
+    else:
+        paths = [store.path(parent) for parent in store.parents(node, *EVIDENCE)]
+        stats = Stats.load(*paths, probes=evidence_of(method)) if paths else Stats.empty(shape)
+        base = [_directory(model, store) for model in store.parents(node, *MODELS)[1:]]
+        plan = make_plan(method, stats, shape, directory, *base)
     identified = plan.identified(_model(node, store) | {"family": shape.family}, shape)
     identified.save(artefact)
 
 
+def _plan_sequentially(method: Any, directory: Path, node: Document, store: Store, record: Document) -> "Plan":
+    """Run the model on the plan's own tokens, and decide as it runs."""
+    from espalier import tokens
+    from espalier.checkpoint import Checkpoint
+    from espalier.sequential import PASSES, plan_sequentially
+
+    vocabulary = Checkpoint(directory).config["vocab_size"]
+    ids, mask, _ = tokens.load_tokens(store.path(store.parent(node, "tokens")), vocabulary)
+    record["passes"] = PASSES
+    running = Running.of(runtime(store)["runtime"])
+    return plan_sequentially(method, directory, node["config"]["dtype"], running, ids, mask)
+
+
 def _model(node: Document, store: Store) -> Document:
     """Identify the model that a chain of nodes started from: the id and revision of its `fetch` node."""
-    parent = store.parent(node, "fetch", "apply")
-    while parent["stage"] == "apply":
-        parent = store.parent(parent, "fetch", "apply")
-    return {"id": parent["config"]["id"], "revision": parent["config"]["revision"]}
+    origin = store.origin(node)
+    return {"id": origin["config"]["id"], "revision": origin["config"]["revision"]}
 
 
 def _apply(node: Document, store: Store, artefact: Path, record: Document) -> None:
@@ -121,22 +177,69 @@ def _apply(node: Document, store: Store, artefact: Path, record: Document) -> No
 def _calibration(plan_node: Document, store: Store) -> str | None:
     """Describe the calibration that a plan's evidence was collected on, or None when it needed none."""
     for parent in map(store.read_node, plan_node["parents"]):
-        if parent["stage"] == "probe":
-            config = store.parent(parent, "tokens")["config"]
-            return f"{config['name']} ({config.get('content') or config.get('revision')})"
+        if parent["stage"] in EVIDENCE:
+            return _text(store.parent(parent, "tokens"))
+        if parent["stage"] == "tokens":
+            return _text(parent)
     return None
 
 
+def _text(tokens_node: Document) -> str:
+    """Name a calibration with the content that it was drawn from."""
+    config = tokens_node["config"]
+    return f"{config['name']} ({config.get('content') or config.get('revision')})"
+
+
+def _teacher(node: Document, store: Store, artefact: Path, record: Document) -> None:
+    from espalier import tokens
+    from espalier.teacher import make_teacher, save_teacher
+
+    config, directory = node["config"], weights(node, store)
+    ids, mask, facts = tokens.load_tokens(store.path(store.parent(node, "tokens")), None)
+    running = Running.of(runtime(store)["runtime"])
+    tensors = make_teacher(directory, ids, mask, config["top"], config["dtype"], running)
+    save_teacher(artefact, tensors, {"node": node["id"], "model": _model(node, store), "tokens": facts})
+
+
+def _tune(node: Document, store: Store, artefact: Path, record: Document) -> None:
+    from espalier import tokens
+    from espalier.checkpoint import Checkpoint
+    from espalier.tune import Text, tune
+    from espalier.tune_settings import Tuning
+
+    settings, tuning = runtime(store), Tuning.of(node["config"]["tuning"])
+    directory, text_node = weights(node, store), store.parent(node, "tokens")
+    ids, mask, _ = tokens.load_tokens(store.path(text_node), Checkpoint(directory).config["vocab_size"])
+    teachers = [store.path(id) for id in node["parents"] if store.read_node(id)["stage"] == "teacher"]
+    state = _training_state(artefact)
+    with _tracked(node, store, settings) as tracker:
+        record["tune"] = tune(
+            directory,
+            artefact,
+            tuning,
+            Text(ids, mask, _text(text_node)),
+            Running.of(settings["runtime"]),
+            state,
+            dtype=node["config"]["dtype"],
+            original=_directory(store.origin(node), store),
+            teacher=teachers[0] if teachers else None,
+            node=node["id"],
+            replace=True,
+            log=tracker.log,
+        )
+    shutil.rmtree(state, ignore_errors=True)
+
+
 def _score(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier import tracking
     from espalier.score import save_scores, score
 
     settings = runtime(store)
     running = Running.of(settings["runtime"])
-    document, samples = score(weights(node, store), node["config"]["tasks"], running, dtype=node["config"]["dtype"])
-    save_scores(artefact, document | {"node": node["id"]}, samples)
-    folder = {"directory": settings["tracking"].get("directory") or str(store.root)}
-    with tracking.track(settings["tracking"] | folder, node["id"], node["label"]) as tracker:
+    with resumable_work(artefact, node["id"], replace=True):
+        tasks, dtype = node["config"]["tasks"], node["config"]["dtype"]
+        document, samples = score(weights(node, store), tasks, running, dtype=dtype)
+        save_scores(artefact, document | {"node": node["id"]}, samples)
+    with _tracked(node, store, settings) as tracker:
         tracker.log({name: result["value"] for name, result in document["tasks"].items()})
 
 
@@ -184,8 +287,11 @@ STAGES: dict[str, Callable[[Document, Store, Path, Document], None]] = {
     "tokens": _tokens,
     "collect": _collect,
     "reduce": _reduce,
+    "fit": _fit,
     "plan": _plan,
     "apply": _apply,
+    "teacher": _teacher,
+    "tune": _tune,
     "score": _score,
     "table": _table,
     "report": _report,

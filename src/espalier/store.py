@@ -5,36 +5,36 @@ import errno
 import hashlib
 import json
 import os
-import platform
-import resource
 import shutil
-import socket
 import struct
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from espalier.errors import UserError
 
 # Raise a stage's number when the meaning of its artefact changes (tests/golden catches a forgotten raise).
+# A plan hangs on the probes that it reads, whichever collection made them: raise `probe` with `collect`.
 VERSION: dict[str, int] = {
     "fetch": 1,
     "tokens": 1,
-    "probe": 1,
-    "collect": 1,
+    "probe": 2,
+    "collect": 2,
     "reduce": 1,
+    "fit": 1,
     "plan": 1,
     "apply": 1,
+    "teacher": 1,
+    "tune": 1,
     "task": 1,
     "score": 1,
     "table": 1,
     "report": 1,
 }
+
+# Stages whose artefact is a model: the one that a pipeline starts from, and those that rewrite it.
+MODELS = ("fetch", "apply", "tune")
 
 # Where each stage's artefact lies under the results folder.
 PATHS: dict[str, str] = {
@@ -42,8 +42,11 @@ PATHS: dict[str, str] = {
     "tokens": "tokens/{id}.safetensors",
     "collect": "stats/{id}.safetensors",
     "reduce": "reduced/{id}.safetensors",
+    "fit": "fits/{id}.safetensors",
     "plan": "plans/{id}.json",
     "apply": "checkpoints/{id}",
+    "teacher": "teachers/{id}.safetensors",
+    "tune": "tuned/{id}",
     "score": "scores/{id}.json",
     "table": "tables/{id}.json",
     "report": "reports/{id}.html",
@@ -157,11 +160,24 @@ class Store:
         return self.root / PATHS[document["stage"]].format(id=document["id"])
 
     def parent(self, node: dict[str, Any], *stages: str) -> dict[str, Any]:
-        """Return the document of the one parent of `node` whose stage is in `stages`."""
-        found = [p for p in map(self.read_node, node["parents"]) if p["stage"] in stages]
-        if len(found) != 1:
-            raise UserError(f"node {node['id']}: {len(found)} parents of stage {'/'.join(stages)}, expected 1.")
+        """Return the document of the first parent of `node` whose stage is in `stages`.
+
+        Only a plan may have two models: the first is the one that it is for, the other its method's base.
+        """
+        found = self.parents(node, *stages)
+        if not found:
+            raise UserError(f"node {node['id']}: no parent of stage {'/'.join(stages)}.")
         return found[0]
+
+    def parents(self, node: dict[str, Any], *stages: str) -> list[dict[str, Any]]:
+        """Return the documents of the parents of `node` whose stage is in `stages`, in their order."""
+        return [p for p in map(self.read_node, node["parents"]) if p["stage"] in stages]
+
+    def origin(self, node: dict[str, Any]) -> dict[str, Any]:
+        """Return the `fetch` node of the model that a node of a model stage, or one made of a model, started from."""
+        while node["stage"] != "fetch":
+            node = self.parent(node, *MODELS)
+        return node
 
 
 def read_json(path: Path, *formats: str) -> dict[str, Any]:
@@ -300,78 +316,7 @@ def content_revision(directory: Path, cache: Path | None = None) -> str:
     return "sha256:" + hashlib.sha256(canonical(files).encode()).hexdigest()[:40]
 
 
-@contextlib.contextmanager
-def run_record(artefact: Path, node: dict[str, Any] | None = None, **facts: Any) -> Iterator[dict[str, Any]]:
-    """Measure the enclosed block, then write `{artefact}.run.json` (provenance; design section 4).
-
-    The yielded dictionary may be filled with further facts. Seconds are wall time; peak memory is in bytes.
-    """
-    record: dict[str, Any] = dict(facts)
-    start = time.time()
-    yield record
-    usage = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    record = {
-        "format": "espalier.run/1",
-        "node": node["id"] if node else None,
-        "parents": node["parents"] if node else [],
-        **git_state(),
-        "argv": sys.argv,
-        "versions": versions(),
-        "host": socket.gethostname(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "device": device_name(),
-        "start": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
-        "seconds": round(time.time() - start, 3),
-        "peak_rss_bytes": usage * 1024,
-        "peak_gpu_bytes": peak_gpu_bytes(),
-        **record,
-    }
-    write_json(run_record_path(artefact), record)
-
-
 def run_record_path(artefact: Path) -> Path:
     """Return where the run record of `artefact` lies: beside it, `plan.json` -> `plan.run.json`."""
     stem = artefact.name.removesuffix(artefact.suffix) if artefact.suffix else artefact.name
     return artefact.with_name(f"{stem}.run.json")
-
-
-def git_state() -> dict[str, Any]:
-    """Return the commit of the source tree and whether it is dirty; None for an installed package."""
-    tree = Path(__file__).resolve().parents[2]
-    if not (tree / ".git").exists():
-        return {"commit": None, "dirty": None}
-    commit = _git(tree, "rev-parse", "HEAD")
-    return {"commit": commit or None, "dirty": bool(_git(tree, "status", "--porcelain", "--untracked-files=no"))}
-
-
-def _git(tree: Path, *argv: str) -> str:
-    return subprocess.run(["git", "-C", str(tree), *argv], capture_output=True, text=True).stdout.strip()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that results depend on, as installed."""
-    found = {"python": platform.python_version()}
-    for name in ("espalier", "torch", "transformers", "safetensors", "lm_eval", "triton", "numpy", "scipy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def device_name() -> str:
-    """Return the GPU's name when torch is loaded and sees one, else the processor's."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def peak_gpu_bytes() -> int | None:
-    """Return the peak of torch's GPU memory in bytes, or None without a GPU."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from espalier import conf, intervals, markup
 from espalier.errors import UserError
 from espalier.intervals import Estimate
+from espalier.passes import passes
 from espalier.published import Comparison, Row
 from espalier.samples import load_samples, load_scores
 from espalier.store import Store, atomic_file, read_json, run_record_path, write_json
@@ -103,6 +104,7 @@ def make_table(config: Document, store: Store) -> Table:
         "summary": summary,
         "tidy": _records(tidy),
         "runs": _runs(measured),
+        "passes": passes(config["rows"], store),
     }
     return Table(tidy, summary, _finite(document))
 
@@ -130,8 +132,7 @@ def _measure(row: Document, store: Store) -> Measured:
 def _model(weights: str, store: Store) -> Document:
     """Identify the model that the first row's weights come from."""
     node = store.read_node(weights)
-    while node["stage"] == "apply":
-        node = store.parent(node, "fetch", "apply")
+    node = store.origin(node)
     return {"id": node["config"].get("id"), "revision": node["config"].get("revision")}
 
 
@@ -223,7 +224,7 @@ def _beside(one: Measured, comparison: Comparison | None, task: str, metric: str
     if comparison is None:
         return {}
     ratio = one.row["ratio"]
-    row = Row(one.row["label"], one.row["method"], ratio, one.row.get("then") is None)
+    row = Row(one.row["label"], one.row["method"], ratio, one.row.get("then") is None and not one.row.get("tuning"))
     found = comparison.find(row, task, metric)
     if found is None:
         return {}
@@ -248,6 +249,7 @@ def _summary(group: Sequence[Measured], base: Measured | None, comparison: Compa
         "seeds": [one.row["seed"] for one in group],
         "plans": [one.row["plan"] for one in group if one.row["plan"]],
         "calibration": _calibration(first.row["plan"], store),
+        "plan_seconds": _plan_seconds(group, store),
         "commit": first.commit,
         "dirty": any(one.dirty for one in group),
         "tasks": tasks,
@@ -291,12 +293,19 @@ def _calibration(plan: str | None, store: Store) -> str | None:
     if plan is None:
         return None
     for parent in map(store.read_node, store.read_node(plan)["parents"]):
-        if parent["stage"] == "probe":
+        if parent["stage"] in ("probe", "fit"):
             config = store.parent(parent, "tokens")["config"]
             keys = ("domains", "samples", "length", "seed", "content", "revision")
             facts = [f"{key} {_short(config[key])}" for key in keys if config.get(key) is not None]
             return f"{config.get('name', 'calibration')} ({', '.join(facts)})"
     return None
+
+
+def _plan_seconds(group: Sequence[Measured], store: Store) -> float | None:
+    """Mean time that making the last plan of a row took, statistics apart; None without a plan."""
+    records = [run_record_path(store.path(one.row["plan"])) for one in group if one.row["plan"]]
+    seconds = [read_json(path, "espalier.run/1")["seconds"] for path in records if path.exists()]
+    return float(np.mean(seconds)) if seconds else None
 
 
 def _short(value: Any) -> str:

@@ -85,6 +85,7 @@ rule plan:
         mem_mb=asks("mem_mb"),
         runtime=asks("runtime"),
         disk_mb=asks("disk_mb"),
+        gpu=asks("gpu"), # where the plan is made while the model runs
     message:
         "plan {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
     params:

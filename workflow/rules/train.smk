@@ -1,4 +1,81 @@
-# Training the embedded model again. Not part of any experiment: it takes about an hour on two cores and is not
+# Training. First what experiments ask for: what a method needs to be learnt, the original's answers to a tuning text,
+# and the tuning of routers. Both trainings keep their state beside their output, so that a job that was stopped or
+# killed goes on.
+
+
+rule fit:
+    input:
+        parents,
+    output:
+        f"{RESULTS}/fits/{{id}}.safetensors",
+    log:
+        f"{RESULTS}/logs/fit/{{id}}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=asks("mem_mb"),
+        runtime=asks("runtime"),
+        disk_mb=asks("disk_mb"),
+        gpu=asks("gpu"),
+    message:
+        "fit {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
+    params:
+        label=label,
+        results=results_folder,
+    shell:
+        "OMP_NUM_THREADS={threads} python -m espalier fit {wildcards.id} --results {params.results}"
+        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+
+
+rule teacher:
+    input:
+        parents,
+    output:
+        f"{RESULTS}/teachers/{{id}}.safetensors",
+    log:
+        f"{RESULTS}/logs/teacher/{{id}}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=asks("mem_mb"),
+        runtime=asks("runtime"),
+        disk_mb=asks("disk_mb"),
+        gpu=asks("gpu"),
+    message:
+        "teacher {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
+    params:
+        label=label,
+        results=results_folder,
+    shell:
+        "OMP_NUM_THREADS={threads} python -m espalier teacher {wildcards.id} --results {params.results}"
+        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+
+
+rule tune:
+    input:
+        parents,
+    output:
+        directory(f"{RESULTS}/tuned/{{id}}"),
+    log:
+        f"{RESULTS}/logs/tune/{{id}}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=asks("mem_mb"),
+        runtime=asks("runtime"),
+        disk_mb=asks("disk_mb"),
+        gpu=asks("gpu"),
+    message:
+        "tune {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
+    params:
+        label=label,
+        results=results_folder,
+    shell:
+        "OMP_NUM_THREADS={threads} python -m espalier tune {wildcards.id} --results {params.results}"
+        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+
+
+# And training the embedded model again. Not part of any experiment: it takes about an hour on two cores and is not
 # bit-stable over machines, so the trained model is committed, and these rules say how it was made:
 #   snakemake --cores 2 results/embedded/model/model.safetensors
 # The outputs are single files, written last: what a failed or killed job leaves beside them (downloads, the

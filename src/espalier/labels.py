@@ -1,0 +1,20 @@
+"""What the rows of a table are called."""
+
+from espalier.sweep import Config, Point
+from espalier.tune_settings import Tuning
+
+
+def row_label(config: Config, point: Point) -> str:
+    """The name of a table's row: the method, what it removes, and what else the sweep varies but the seed."""
+    method, then = config["method"], config["then"]
+    parts = ["full" if method["name"] == "none" else method["name"]]
+    if method.get("ratio") is not None:
+        parts.append(f"{100 * method['ratio']:g} %")
+    if then["name"] != "none":
+        parts = [] if method["name"] == "none" else [*parts, "+"]
+        parts.append(then["name"])
+    if config["tuning"]["name"] != "none":
+        parts += ["+", Tuning.of(config["tuning"]).label]
+    known = {"method", "method@then", "method.ratio", "method.seed", "then.seed", "tuning"}
+    parts += [f"{key.removeprefix('method.')}={value}" for key, value in point.items() if key not in known]
+    return " ".join(parts)
