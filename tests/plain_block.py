@@ -6,7 +6,7 @@ from math import exp
 import torch
 from safetensors.torch import load_file
 
-from espalier.plan import Keep, Merge, Skip
+from espalier.operations import Constant, Keep, Merge, Narrow, Skip
 
 W123 = tuple(f"experts.{{}}.{part}.weight" for part in ("w1", "w3", "w2"))  # gate, up, down
 PROJ = tuple(f"experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down"))
@@ -81,15 +81,23 @@ class PlainBlock:
     def run(self, expert, token):
         """Return the unweighted output [D] of an expert's tensors on a token."""
         token = token.double()
+        inner = self.inner(expert, token)
+        if self.family == "gpt_oss":
+            return inner @ expert[2] + expert[3]
+        return (expert[-1].T if self.family == "llama4_text" else expert[-1]) @ inner
+
+    def inner(self, expert, token):
+        """Return what an expert's down projection gets, [F]."""
+        token = token.double()
         if self.family == "gpt_oss":
             gate_up = token @ expert[0] + expert[1]
             gate, up = gate_up[0::2].clamp(max=7.0), gate_up[1::2].clamp(-7.0, 7.0)
-            return ((up + 1) * gate / (1 + torch.exp(-1.702 * gate))) @ expert[2] + expert[3]
+            return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
         if self.family == "llama4_text":
             expert = [part.T for part in expert]
         gate, up = expert[:2] if len(expert) == 3 else expert[0].chunk(2)
         gate = gate @ token
-        return expert[-1] @ (gate / (1 + torch.exp(-gate)) * (up @ token))
+        return gate / (1 + torch.exp(-gate)) * (up @ token)
 
     def choose(self, logits):
         """Return [(row, weight)] of the K chosen, the largest weight first, as the family's paper or code says."""
@@ -131,11 +139,79 @@ def sparsemixer(logits, margin):
     return pairs
 
 
-def plain_block(directory, layer, operations, hidden):
-    """Return (routed output [T, D], distinct experts run [T]) of the block after `operations`, for hidden [T, D]."""
+def neurons_of(block, part, tensor):
+    """Return the tensor with its neurons first: [F, ...] or [F, 2, ...] where gate and up share it; None without."""
+    fused = len(block.experts[0]) != 3
+    if block.family == "gpt_oss":
+        if part < 2:
+            return tensor.T.reshape(-1, 2, 32) if part == 0 else tensor.reshape(-1, 2)
+        return tensor if part == 2 else None
+    if not fused:
+        return tensor.T if part == 2 else tensor
+    if block.family == "llama4_text":
+        return torch.stack(tensor.T.chunk(2), dim=1) if part == 0 else tensor
+    return torch.stack(tensor.chunk(2), dim=1) if part == 0 else tensor.T
+
+
+def back(block, part, neurons):
+    """Undo `neurons_of`."""
+    fused = len(block.experts[0]) != 3
+    if block.family == "gpt_oss":
+        return neurons if part == 2 else neurons.reshape(-1, 32).T if part == 0 else neurons.reshape(-1)
+    if not fused:
+        return neurons.T if part == 2 else neurons
+    both = torch.cat([neurons[:, 0], neurons[:, 1]]) if part == 0 else neurons
+    return both.T if (block.family == "llama4_text") == (part == 0) else both
+
+
+def merge_neurons(block, group, weights, target):
+    """Return the tensors of the expert whose neuron n is the weighted mean of the members' neurons that go to n."""
+    merged = []
+    for part, first in enumerate(block.experts[group[0]]):
+        if neurons_of(block, part, first) is None:
+            merged.append(sum(w * block.experts[e][part] for e, w in zip(group, weights, strict=True)))
+            continue
+        rows = []
+        for n in range(len(target[0])):
+            found = [
+                (w, neurons_of(block, part, block.experts[e][part])[m])
+                for e, w in zip(group, weights, strict=True)
+                for m in range(len(target[0]))
+                if target[e][m] == n
+            ]
+            rows.append(sum(w * row for w, row in found) / sum(w for w, _ in found))
+        merged.append(back(block, part, torch.stack(rows)))
+    return merged
+
+
+def kept_by(skip, pairs, logits, factor, runs_as):
+    """Return the (row, weight) of `pairs`, the largest weight first, that the rule keeps."""
+    weights = [weight for _, weight in pairs]
+    if skip.rule == "ratio":
+        first = pairs[0][0]
+        beta = {e: skip.beta * (factor[runs_as[first]][runs_as[e]] if factor else 1) for e, _ in pairs}
+        return pairs[:1] + [(e, weight) for e, weight in pairs[1:] if weight >= beta[e] * weights[0]]
+    if skip.rule == "tail":
+        return pairs[: next(i for i in range(1, len(pairs) + 1) if sum(weights[i:]) <= skip.beta * sum(weights))]
+    if skip.rule == "fixed_k":
+        return pairs[: skip.k]
+    total, so_far = sum(exp(logit) for logit in logits), 0.0
+    for number, (e, _) in enumerate(pairs, 1):
+        so_far += exp(logits[e]) / total
+        if so_far >= skip.p:
+            return pairs[:number]
+    return pairs
+
+
+def plain_block(directory, layer, operations, hidden, tensors=None, protected=()):
+    """Return (routed output [T, D], distinct experts run [T]) of the block after `operations`, for hidden [T, D].
+
+    `tensors` are those of the plan, `protected` the tokens at which nothing is skipped.
+    """
     block = PlainBlock(directory, layer)
+    vectors = {}
     runs_as = list(range(len(block.rows)))  # stored expert of each router row
-    skip = None
+    skip = factor = None
 
     def keep_rows(rows):
         block.rows, block.bias, block.correction = block.rows[rows], block.bias[rows], block.correction[rows]
@@ -146,12 +222,22 @@ def plain_block(directory, layer, operations, hidden):
             block.experts = [block.experts[e] for e in operation.experts]
             runs_as = list(range(len(block.experts)))
         elif isinstance(operation, Merge):
-            merged = []
+            merged, refitted = [], 0
             for group, weights in zip(operation.groups, operation.weights, strict=True):
                 members = [block.experts[e] for e in group]
+                if operation.neurons is not None and len(group) > 1:
+                    merged.append(merge_neurons(block, group, weights, tensors[operation.neurons].read().tolist()))
+                    continue
                 merged.append([sum(w * m for w, m in zip(weights, part, strict=True)) for part in zip(*members)])  # noqa: B905
+                if operation.down is not None and len(group) > 1:
+                    part = 2 if len(members[0]) > 2 else 1
+                    down = torch.from_numpy(tensors[operation.down].read()[refitted]).double()
+                    merged[-1][part] = back(block, part, down)
+                    refitted += 1
             if operation.router == "slice":
-                keep_rows([group[0] for group in operation.groups])
+                rows = operation.rows or [group[0] for group in operation.groups]
+                keep_rows(sorted(rows))
+                merged = [merged[rows.index(row)] for row in sorted(rows)]
                 runs_as = list(range(len(merged)))
             elif operation.router == "remap":
                 runs_as = [next(g for g, group in enumerate(operation.groups) if e in group) for e in runs_as]
@@ -160,24 +246,33 @@ def plain_block(directory, layer, operations, hidden):
                     next(m for m, group in zip(merged, operation.groups, strict=True) if e in group) for e in runs_as
                 ]
             block.experts = merged
+        elif isinstance(operation, Constant):
+            rows = torch.from_numpy(tensors[operation.vectors].read()).double()
+            vectors = dict(zip(operation.experts, rows, strict=True))
+        elif isinstance(operation, Narrow):
+            kept = tensors[operation.neurons].read().tolist()
+            for e, expert in enumerate(block.experts):
+                for part, tensor in enumerate(expert):
+                    rows = neurons_of(block, part, tensor)
+                    if rows is not None:
+                        expert[part] = back(block, part, rows[[m for m in kept[e] if m >= 0]])
         elif isinstance(operation, Skip):
             skip = operation
+            factor = None if operation.factor is None else tensors[operation.factor].read().tolist()
     output, counts = torch.zeros_like(hidden.double()), []
     for t, token in enumerate(hidden.double()):
-        pairs = block.choose(block.logits(token))
-        weights = [weight for _, weight in pairs]
-        if skip is not None and skip.rule == "ratio":
-            kept = 1 if weights[1] < skip.beta * weights[0] else 2
-        elif skip is not None:
-            kept = next(i for i in range(1, len(weights) + 1) if sum(weights[i:]) <= skip.beta * sum(weights))
-        else:
-            kept = len(weights)
-        scale = sum(weights) / sum(weights[:kept]) if renormalises(block.config) else 1.0
-        for e, weight in pairs[:kept]:
+        pairs = kept = block.choose(block.logits(token))
+        if skip is not None and t not in protected:
+            kept = kept_by(skip, pairs, block.logits(token), factor, runs_as)
+        scale = sum(w for _, w in pairs) / sum(w for _, w in kept) if renormalises(block.config) else 1.0
+        for e, weight in kept:
+            if e in vectors:
+                output[t] += scale * weight * vectors[e]
+                continue
             expert = block.experts[runs_as[e]]
             if block.family == "llama4_text":  # the weight multiplies what goes in
                 output[t] += block.run(expert, weight * token)
             else:
                 output[t] += scale * weight * block.run(expert, token)
-        counts.append(len({runs_as[e] for e, _ in pairs[:kept]}))
+        counts.append(len({runs_as[e] for e, _ in kept if e not in vectors}))
     return output, counts

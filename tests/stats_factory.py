@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from espalier.shape import ModelShape
@@ -14,10 +15,75 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Block:
-    """What a MoE block does on T tokens: `logits` [T, E] float32, `outputs` [T, E, D] float64, unweighted."""
+    """What a MoE block does on T tokens: `logits` [T, E] float32, `outputs` [T, E, D] float64, unweighted.
+
+    Of SwiGLU experts also `hidden` [T, D], the router's rows [E, D] and `gate`, `up`, `down` [E, F, D] (down is
+    transposed), all float64.
+    """
 
     logits: Array
     outputs: Array
+    hidden: Array | None = None
+    router: Array | None = None
+    gate: Array | None = None
+    up: Array | None = None
+    down: Array | None = None
+
+    @classmethod
+    def of(cls, hidden: Array, router: Array, gate: Array, up: Array, down: Array) -> "Block":
+        inner = swiglu(hidden, gate, up)
+        logits = (hidden @ router.T).astype(np.float32)
+        return cls(logits, np.einsum("tef,efd->ted", inner, down), hidden, router, gate, up, down)
+
+
+def swiglu(hidden: Array, gate: Array, up: Array) -> Array:
+    """Return the inner activations [T, E, F]."""
+    gates = np.einsum("td,efd->tef", hidden, gate)
+    return gates / (1 + np.exp(-gates)) * np.einsum("td,efd->tef", hidden, up)
+
+
+class PlainExperts:
+    """What `espalier.experts.ExpertWeights` gives a method, of the blocks."""
+
+    def __init__(self, blocks: dict[int, Block]) -> None:
+        self.blocks = blocks
+
+    def router(self, layer: int) -> torch.Tensor:
+        return torch.tensor(self.blocks[layer].router, dtype=torch.float32)
+
+    def expert_map(self, layer: int) -> None:
+        return None
+
+    def neurons(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        block = self.blocks[layer]
+        parts = {"gate": block.gate, "up": block.up, "down": block.down}
+        return {name: torch.tensor(part[expert], dtype=torch.float32) for name, part in parts.items()}
+
+    def block(self, layer: int) -> "PlainExpertBlock":
+        return PlainExpertBlock(self.blocks[layer])
+
+
+class PlainExpertBlock:
+    """What `espalier.experts.Block` gives a method."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        self.number = len(block.gate)
+
+    def inner(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        block = self._block
+        found = swiglu(hidden.double().numpy(), block.gate[expert : expert + 1], block.up[expert : expert + 1])
+        return torch.tensor(found[:, 0], dtype=torch.float32)
+
+    def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        down = torch.tensor(self._block.down[expert], dtype=torch.float32)
+        return self.inner(expert, hidden) @ down
+
+    def merged(self, members: list[int], weights: list[float]) -> "PlainExpertBlock":
+        parts = [getattr(self._block, name)[list(members)] for name in ("gate", "up", "down")]
+        return PlainExpertBlock(
+            Block(None, None, None, None, *[np.einsum("e,efd->fd", weights, p)[None] for p in parts])
+        )
 
 
 def make_shape(
@@ -26,7 +92,10 @@ def make_shape(
     width = 5
     expert = 3 * hidden * width
     total = len(layers) * experts * (expert + hidden) + 1000
-    return ModelShape("toy", layers, experts, top_k, hidden, width, renormalise, expert, hidden, total)
+    neuron = 3 * hidden
+    return ModelShape(
+        "toy", layers, experts, top_k, hidden, width, renormalise, expert, hidden, total, neuron_parameters=neuron
+    )
 
 
 def make_blocks(shape: ModelShape, tokens: int = 48, seed: int = 0) -> dict[int, Block]:
@@ -34,19 +103,26 @@ def make_blocks(shape: ModelShape, tokens: int = 48, seed: int = 0) -> dict[int,
     rng = np.random.default_rng(seed)
     blocks = {}
     for layer in shape.layers:
-        logits = rng.normal(size=(tokens, shape.experts)) + rng.normal(size=shape.experts)
-        family = rng.normal(size=(tokens, (shape.experts + 1) // 2, shape.hidden))
-        outputs = np.repeat(family, 2, axis=1)[:, : shape.experts] + 0.5 * rng.normal(
-            size=(tokens, shape.experts, shape.hidden)
-        )
-        outputs += rng.normal(size=(shape.experts, shape.hidden))  # so that mean outputs differ
-        blocks[layer] = Block(logits.astype(np.float32), outputs * rng.uniform(0.5, 2, size=(shape.experts, 1)))
+        hidden = rng.normal(size=(tokens, shape.hidden)) + 0.5 * rng.normal(size=shape.hidden)
+        router = rng.normal(size=(shape.experts, shape.hidden))
+        size = ((shape.experts + 1) // 2, shape.width, shape.hidden)
+
+        def related(size: tuple[int, ...] = size) -> Array:
+            pairs = np.repeat(rng.normal(size=size), 2, axis=0)[: shape.experts]
+            return pairs + 0.3 * rng.normal(size=pairs.shape)
+
+        down = related() * rng.uniform(0.5, 2, size=(shape.experts, 1, 1))
+        blocks[layer] = Block.of(hidden, router, related(), related(), down)
     return blocks
 
 
 def permuted(blocks: dict[int, Block], order: list[int]) -> dict[int, Block]:
     """Return blocks whose expert i is the expert order[i] of `blocks`."""
-    return {layer: Block(b.logits[:, order], b.outputs[:, order]) for layer, b in blocks.items()}
+    found = {}
+    for layer, b in blocks.items():
+        rows = [None if part is None else part[order] for part in (b.router, b.gate, b.up, b.down)]
+        found[layer] = Block(b.logits[:, order], b.outputs[:, order], b.hidden, *rows)
+    return found
 
 
 def observe(
@@ -83,9 +159,7 @@ def _probes(block: Block, shape: ModelShape, gram_tokens: Array | None) -> dict[
     z = np.einsum("te,ted->td", gate, outputs)
     counts = picked.sum(axis=0)
     top2 = np.bincount(order[:, :2].ravel(), minlength=experts)
-    descending = -np.sort(-gate, axis=1)[:, :top_k]
-    tails = np.cumsum(descending[:, ::-1], axis=1)[:, ::-1]  # tails[:, i] = sum from rank i on
-    routed = np.einsum("te,ted->ed", picked, outputs) / np.maximum(counts, 1)[:, None]
+    best = order[:, :top_k]  # [T, K]
 
     rows = np.arange(len(logits)) if gram_tokens is None else gram_tokens
     residual = (outputs - z[:, None])[rows]
@@ -104,7 +178,28 @@ def _probes(block: Block, shape: ModelShape, gram_tokens: Array | None) -> dict[
             "gate_norm_sum": (gate * norms).sum(axis=0),
             "probability_norm_sum": (probability * picked * norms).sum(axis=0),
         },
-        "mean_output": {"all_tokens": outputs.mean(axis=0), "routed": routed, "counts": counts},
+        "mean_output": {"all_tokens": outputs.mean(axis=0)},
+        "routed_moments": {
+            "counts": counts,
+            "gate_sum": gate.sum(axis=0),
+            "sum": np.einsum("te,ted->ed", picked, outputs),
+            "square_sum": np.einsum("te,ted->ed", picked, outputs**2),
+            "gate_sum_outputs": np.einsum("te,ted->ed", gate, outputs),
+            "largest": np.where(counts, np.where(picked, outputs.max(axis=2), -np.inf).max(axis=0), 0),
+            "smallest": np.where(counts, np.where(picked, outputs.min(axis=2), np.inf).min(axis=0), 0),
+        },
+        "routing": {
+            "weights": np.take_along_axis(gate, best, axis=1).astype(np.float32),
+            "experts": best.astype(np.int32),
+            "probability": np.take_along_axis(probability, best, axis=1).astype(np.float32),
+        },
+        "token_importance": {"importance": np.abs(outputs).sum(axis=(1, 2)).astype(np.float32)},  # any, of the tokens
+        # Stands for what would be learnt: of each expert by itself, in no order of importance.
+        "diep": {
+            "alpha": np.sin(7 * norms.mean(axis=0)).astype(np.float32),
+            "beta": np.array([1 + 0.1 * np.sin(norms.mean())], np.float32),
+        },
+        "coactivation": {"counts": picked.T.astype(int) @ picked.astype(int)},
         "logit_gram": {"gram": logits.T @ logits, "sum": logits.sum(axis=0)},
         "residual_gram": {
             "gram": gram.astype(np.float32),
@@ -114,11 +209,13 @@ def _probes(block: Block, shape: ModelShape, gram_tokens: Array | None) -> dict[
             "token": rows.astype(np.int64),
         },
     }
-    if top_k > 1:
-        ratio = (descending[:, 1] / descending[:, 0]).astype(np.float32)
-        probes["gate_ratio"] = {
-            "ratio": ratio,
-            "tail": (tails[:, 1:] / tails[:, :1]).astype(np.float32),
-            "quantiles": np.quantile(ratio.astype(np.float64), np.linspace(0, 1, 101)),
+    if block.hidden is not None:
+        phi = gate[:, :, None] * swiglu(block.hidden, block.gate, block.up)
+        probes["neuron_energy"] = {"square_sum": (phi**2).sum(axis=0), "square_max": (phi**2).max(axis=0)}
+        probes["inputs"] = {
+            "hidden": block.hidden.astype(np.float32),
+            "experts": best.astype(np.int32),
+            "weights": np.take_along_axis(gate, best, axis=1).astype(np.float32),
+            "token": np.arange(len(logits)),
         }
     return probes

@@ -16,9 +16,10 @@ from espalier.apply import apply
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
 from espalier.families import family_of
-from espalier.plan import Keep, Merge, Plan, Skip
+from espalier.operations import Keep, Merge, Skip
+from espalier.plan import Plan
 from espalier.prove import TOLERANCE, prove
-from example_plans import GROUPS, KINDS, SHIPPED, WEIGHTS, example_plan, moe_layers
+from example_plans import GROUPS, KINDS, WEIGHTS, example_plan, examples, moe_layers, needs_code
 from plain_block import NAMES, tensors_of
 from tiny import FAMILIES, VOCABULARY, save_tiny
 
@@ -38,8 +39,7 @@ def names_around(path):
     return sorted(p.name for p in path.iterdir())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family_name", FAMILIES)
+@pytest.mark.parametrize(("family_name", "kind"), examples())
 def test_written_model_computes_the_live_plan(family_name, kind, applied):
     source, out, plan = applied(family_name, kind)
     family = family_of(Checkpoint(source).config)
@@ -47,7 +47,7 @@ def test_written_model_computes_the_live_plan(family_name, kind, applied):
     model, loading = runtime.load_with_info(out)
     assert loading == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
-    assert ("espalier" in Checkpoint(out).config) == (kind in SHIPPED)
+    assert ("espalier" in Checkpoint(out).config) == needs_code(family_name, kind)
 
 
 @pytest.mark.parametrize("kind", ["keep", "remap_skip"])
@@ -63,8 +63,7 @@ def test_written_model_computes_the_live_plan_in_bfloat16(kind, applied):
         assert runtime.load(out)(input_ids=IDS).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["keep", "remap", "keep_skip"])
-@pytest.mark.parametrize("family_name", FAMILIES)
+@pytest.mark.parametrize(("family_name", "kind"), examples("keep", "remap", "keep_skip"))
 def test_the_streamed_proof_holds(family_name, kind, applied):
     source, out, plan = applied(family_name, kind)
     report = prove(source, out, plan, streamed=True)
@@ -138,7 +137,7 @@ def test_parameters_on_disk_are_the_plans(kind, applied):
     source, out, plan = applied("qwen2_moe", kind)
     shape = Checkpoint(source).shape()
     counts = plan.parameter_counts(shape)
-    stored = sum(t.numel() for name, t in tensors_of(out).items() if not name.endswith("expert_map"))
+    stored = sum(t.numel() for name, t in tensors_of(out).items() if not name.endswith(("expert_map", "skip_factor")))
     assert stored == counts["stored"]
     assert json.loads((out / "plan.json").read_text())["counts"] == counts
 
@@ -273,7 +272,7 @@ assert not any(name.split(".")[0] == "espalier" for name in sys.modules)
 
 
 def test_loads_without_espalier_in_processes_side_by_side(tmp_path, applied):
-    kinds = [(family_name, kind) for family_name in FAMILIES for kind in ("remap", "keep_skip")]
+    kinds = examples("remap", "keep_skip")
     made = [applied(*key) for key in [("mixtral", "keep"), ("olmoe", "remap_skip"), *kinds]]
     expected = {out: logits(runtime.load(out))[:, -1, :4] for _, out, _ in made}
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

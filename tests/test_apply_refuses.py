@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from espalier.apply import apply
 from espalier.errors import UserError
-from espalier.plan import Keep, Plan, Skip
+from espalier.operations import Keep, Skip
+from espalier.plan import Plan
 from example_plans import example_plan, moe_layers
 from tiny import save_tiny
 

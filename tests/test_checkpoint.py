@@ -1,6 +1,8 @@
 """Reading headers and writing shards, against the safetensors library and the models themselves."""
 
+import contextlib
 import json
+import re
 import shutil
 
 import pytest
@@ -9,10 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from espalier.apply import apply
 from espalier.checkpoint import INDEX, Checkpoint, read_header
 from espalier.errors import UserError
+from espalier.operations import Keep
+from espalier.plan import Plan
 from espalier.shards import OutputTensor, ShardWriter
-from tiny import FAMILIES, save_tiny
+from example_plans import example_plan
+from tiny import FAMILIES, ONE_EXPERT, save_tiny
 
 
 @pytest.fixture
@@ -33,12 +39,14 @@ def test_shape_is_the_models(family_name, tiny_model):
     held = [*model.parameters(), *(b for name, b in model.named_buffers() if name in model.state_dict())]
     assert shape.family == family_name
     assert shape.layers == tuple(blocks)
-    assert (shape.experts, shape.top_k, shape.hidden, shape.width) == (8, 2, 32, 24)
+    assert (shape.experts, shape.top_k, shape.hidden, shape.width) == (8, 1 if family_name in ONE_EXPERT else 2, 32, 24)
     assert shape.total_parameters == sum(tensor.numel() for tensor in held)
     assert shape.expert_parameters * 8 == sum(p.numel() for p in experts.parameters())
     biased = family_name in ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "minimax_m2")
     assert shape.router_row_parameters == 32 + biased
-    assert shape.renormalise == (family_name not in ("deepseek_v2", "jamba", "olmoe", "phimoe", "qwen2_moe"))
+    assert shape.renormalise == (
+        family_name not in ("deepseek_v2", "jamba", "llama4_text", "olmoe", "phimoe", "qwen2_moe")
+    )
     routed = sum(p.numel() for block in blocks.values() for p in block.experts.parameters())
     assert shape.always_active_parameters == shape.total_parameters - routed == checkpoint.always_active_parameters
     assert checkpoint.expert_counts == dict.fromkeys(blocks, 8)
@@ -142,7 +150,7 @@ def test_truncated_shard(sharded):
     with pytest.raises(UserError, match=f"longer than its header says, {len(data) + 1} bytes instead of {len(data)}"):
         Checkpoint(sharded)
     path.write_bytes(data.replace(b'"F32"', b'"F4" ', 1))
-    with pytest.raises(UserError, match="has dtype F4, which is quantised"):
+    with pytest.raises(UserError, match=r"tensor \S+ has \d+ bytes, but F4 \[.*\] means \d+\. Download"):
         Checkpoint(sharded)
     path.write_bytes(data[:8] + b"?" + data[9:])
     with pytest.raises(UserError, match="not a safetensors header"):
@@ -211,3 +219,81 @@ def test_dense_and_unknown_models_open_but_have_no_shape(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(document | {"model_type": "newmoe", "num_experts": 4}))
     with pytest.raises(UserError, match="a Mixture-of-Experts family that Espalier does not know"):
         Checkpoint(tmp_path).shape()
+
+
+QUANTISED = {  # dtypes that torch only stores: bytes of three rows of 32 numbers
+    "F8_E4M3": 96, "F8_E4M3FNUZ": 96, "F8_E5M2": 96, "F8_E5M2FNUZ": 96, "F8_E8M0": 96, "F4": 48,
+}  # fmt: skip
+
+
+def with_raw_tensor(source, name, dtype, shape, raw):
+    """Add a tensor of any dtype to a directory's one file, in the place of an old one of its name."""
+    path = source / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header.pop("__metadata__", None)
+    kept = {key: entry for key, entry in header.items() if key != name}
+    body = b""
+    for entry in kept.values():
+        start, stop = entry["data_offsets"]
+        entry["data_offsets"] = [len(body), len(body) + stop - start]
+        body += data[start:stop]
+    kept[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(raw)]}
+    text = json.dumps({"__metadata__": {"format": "pt"}} | kept).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body + raw)
+
+
+def raw_tensor(source, name):
+    """Return dtype, shape and bytes of a tensor of a directory's one file."""
+    content = (source / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entry = json.loads(content[8 : 8 + length])[name]
+    start, stop = (8 + length + edge for edge in entry["data_offsets"])
+    return entry["dtype"], entry["shape"], content[start:stop]
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+def test_a_tensor_that_torch_only_stores_is_copied_by_its_bytes(dtype, tmp_path, tiny_model):
+    source = shutil.copytree(tiny_model("mixtral"), tmp_path / "source")
+    raw = bytes(n % 0x70 for n in range(QUANTISED[dtype]))  # none of them a NaN or an infinity
+    with_raw_tensor(source, "model.extra.weight", dtype, [3, 32], raw)
+    assert Checkpoint(source).parameters == Checkpoint(tiny_model("mixtral")).parameters + 96
+    apply(source, example_plan("mixtral", "keep"), tmp_path / "out", prove=False)
+    assert raw_tensor(tmp_path / "out", "model.extra.weight") == (dtype, [3, 32], raw)
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+def test_a_tensor_that_torch_only_stores_is_not_computed_with(dtype, tmp_path, tiny_model):
+    source = shutil.copytree(tiny_model("mixtral"), tmp_path / "source")
+    checkpoint = Checkpoint(source)
+    name = checkpoint.family.expert_tensors(1, 3)[2]
+    raw = bytes(checkpoint.entries[name].size * QUANTISED[dtype] // 96)
+    with_raw_tensor(source, name, dtype, list(checkpoint.entries[name].shape), raw)
+    assert raw_tensor(source, name) == (dtype, [32, 24], raw)
+    message = rf"tensor {re.escape(name)} has dtype {dtype}, which is quantised: it can only be copied\. Use"
+    with pytest.raises(UserError, match=message):
+        apply(source, example_plan("mixtral", "remap"), tmp_path / "out", prove=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=message) if dtype == "F4" else contextlib.nullcontext():
+        Checkpoint(source).read_into(name, torch.empty(32, 24))  # as a streamed model does; float8 is converted
+    others = tuple(e for e in range(8) if e != 3)  # without that expert nothing needs it
+    apply(source, Plan({"name": "x"}, {1: (Keep(others),)}), tmp_path / "out", prove=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "byte"), [("F8_E4M3", 0x7F), ("F8_E5M2", 0x7C), ("F8_E5M2", 0x7E), ("F8_E8M0", 0xFF)]
+)
+def test_a_nan_or_infinity_of_one_byte_is_found(dtype, byte, tmp_path, tiny_model):
+    source = shutil.copytree(tiny_model("mixtral"), tmp_path / "source")
+    with_raw_tensor(source, "model.extra.weight", dtype, [4, 8], bytes(31) + bytes([byte]))
+    with pytest.raises(UserError, match=r"tensor model\.extra\.weight holds 1 NaN or infinite numbers of 32"):
+        apply(source, example_plan("mixtral", "keep"), tmp_path / "out", prove=False)
+
+
+def test_a_dtype_that_torch_has_not_is_named(tmp_path, tiny_model):
+    source = shutil.copytree(tiny_model("mixtral"), tmp_path / "source")
+    with_raw_tensor(source, "model.extra.weight", "F6_E2M3", [4, 8], bytes(24))
+    with pytest.raises(UserError, match=r"tensor model\.extra\.weight has dtype F6_E2M3, which is quantised"):
+        Checkpoint(source)

@@ -15,7 +15,10 @@ from espalier.shape import ModelShape
 from plain_block import PlainBlock
 from tiny import FAMILIES, VOCABULARY, save_tiny
 
-CHEAP = ("usage", "output_norm", "logit_gram", "gate_ratio")
+CHEAP = ("usage", "output_norm", "logit_gram", "routing")
+# Those that leave the attention as it is; not every family has weights of it. The others: test_skipping.py.
+PASSIVE = tuple(name for name, probe in PROBES.items() if not getattr(probe, "attention", False))
+SCALED = ("llama4_text",)  # the router's weight multiplies the experts' input
 
 
 def shape_of(model, experts=None):
@@ -35,8 +38,9 @@ def shape_of(model, experts=None):
     )
 
 
-def gather(model, ids, mask, probes=tuple(PROBES), experts=None, **options):
+def gather(model, ids, mask, probes=None, experts=None, **options):
     family = family_of(model.config.to_dict())
+    probes = PASSIVE if probes is None else probes
     return collect(model, shape_of(model, experts), family, ids, mask, probes, **options)
 
 
@@ -60,7 +64,9 @@ def case(request, tmp_path_factory):
 def plain_blocks(directory, ids, mask):
     """What each MoE block does with each unmasked token, by an eager forward pass and one token at a time.
 
-    Returns layer -> list of tokens: logits [E], probability [E], outputs [E, D], chosen (best first), weights, z [D].
+    Returns layer -> list of tokens: logits [E], probability [E], outputs [E, D], chosen (best first), weights, z [D],
+    routed [E, D] (what the expert's weight in the block's sum multiplies if it is chosen) and those weights, the
+    input x [D], inner activations [E, F] of what is routed.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").eval()
     family = family_of(model.config.to_dict())
@@ -80,19 +86,27 @@ def plain_blocks(directory, ids, mask):
                     continue
                 logits = block.logits(x)
                 outputs = np.array([block.run(expert, x).numpy() for expert in block.experts])
-                pairs = block.choose(logits)
+                chosen, routing = zip(*block.choose(logits), strict=True)
+                routed, inside, scales = outputs, routing, [1] * len(logits)
+                if block.family in SCALED:
+                    scales = [1 / (1 + np.exp(-logit)) for logit in logits]
+                    routed = np.array(
+                        [block.run(expert, s * x).numpy() for expert, s in zip(block.experts, scales, strict=True)]
+                    )
+                    inside = (1.0,) * len(chosen)
+                inner = [block.inner(expert, s * x).numpy() for expert, s in zip(block.experts, scales, strict=True)]
                 logits = np.array(logits)
                 probability = np.exp(logits) / np.exp(logits).sum()
-                z = sum(w * outputs[e] for e, w in pairs)
-                chosen, routing = zip(*pairs, strict=True)
-                blocks[layer].append((logits, probability, outputs, chosen, routing, z))
+                z = sum(w * routed[e] for e, w in zip(chosen, inside, strict=True))
+                blocks[layer].append(
+                    (logits, probability, outputs, chosen, routing, z, routed, inside, x.double().numpy(), inner)
+                )
     return blocks
 
 
 def plain_probes(tokens):
     """All probes' arrays of one layer by loops."""
     experts, hidden = tokens[0][2].shape
-    chosen_k = len(tokens[0][3])
     a = {
         "usage": {
             "counts": np.zeros(experts),
@@ -106,54 +120,76 @@ def plain_probes(tokens):
             "gate_norm_sum": np.zeros(experts),
             "probability_norm_sum": np.zeros(experts),
         },
-        "mean_output": {
-            "counts": np.zeros(experts),
-            "all_tokens": np.zeros((experts, hidden)),
-            "routed": np.zeros((experts, hidden)),
-        },
+        "mean_output": {"all_tokens": np.zeros((experts, hidden))},
+        "routed_moments": {name: np.zeros(experts) for name in ("counts", "gate_sum", "largest", "smallest")}
+        | {name: np.zeros((experts, hidden)) for name in ("sum", "square_sum", "gate_sum_outputs")},
+        "neuron_energy": {name: np.zeros((experts, 24)) for name in ("square_sum", "square_max")},
         "logit_gram": {"gram": np.zeros((experts, experts)), "sum": np.zeros(experts)},
-        "gate_ratio": {"ratio": [], "tail": []},
+        "coactivation": {"counts": np.zeros((experts, experts))},
+        "routing": {"weights": [], "experts": [], "probability": []},
+        "inputs": {"hidden": [], "experts": [], "weights": [], "token": []},
         "residual_gram": {"gram": [], "cross": [], "norm": [], "logits": [], "token": []},
     }
-    for t, (logits, probability, outputs, chosen, routing, z) in enumerate(tokens):
+    for t, (logits, probability, outputs, chosen, routing, z, routed, inside, x, inner) in enumerate(tokens):
         for e in sorted(range(experts), key=lambda e: -logits[e])[:2]:
             a["usage"]["top2_counts"][e] += 1
-        for e, w in zip(chosen, routing, strict=True):
-            norm = sum(v * v for v in outputs[e]) ** 0.5
-            for probe in ("usage", "output_norm", "mean_output"):
+        for e, w, added in zip(chosen, routing, inside, strict=True):
+            norm = sum(v * v for v in routed[e]) ** 0.5
+            m = a["routed_moments"]
+            for n, value in enumerate(routed[e]):
+                m["largest"][e] = value if n == m["counts"][e] == 0 else max(m["largest"][e], value)
+                m["smallest"][e] = value if n == m["counts"][e] == 0 else min(m["smallest"][e], value)
+                m["sum"][e, n] += value
+                m["square_sum"][e, n] += value * value
+                m["gate_sum_outputs"][e, n] += added * value
+            m["gate_sum"][e] += w
+            for n, value in enumerate(inner[e]):
+                phi = added * value
+                a["neuron_energy"]["square_sum"][e, n] += phi * phi
+                a["neuron_energy"]["square_max"][e, n] = max(a["neuron_energy"]["square_max"][e, n], phi * phi)
+            for other in chosen:
+                a["coactivation"]["counts"][e, other] += 1
+            for probe in ("usage", "output_norm", "routed_moments"):
                 a[probe]["counts"][e] += 1
             a["usage"]["gate_sum"][e] += w
             a["output_norm"]["norm_sum"][e] += norm
-            a["output_norm"]["gate_norm_sum"][e] += w * norm
+            a["output_norm"]["gate_norm_sum"][e] += added * norm
             a["output_norm"]["probability_norm_sum"][e] += probability[e] * norm
-            a["mean_output"]["routed"][e] += outputs[e]
         for e in range(experts):
             a["usage"]["probability_sum"][e] += probability[e]
             a["mean_output"]["all_tokens"][e] += outputs[e] / len(tokens)
             a["logit_gram"]["sum"][e] += logits[e]
             for f in range(experts):
                 a["logit_gram"]["gram"][e, f] += logits[e] * logits[f]
-        a["gate_ratio"]["ratio"].append(routing[1] / routing[0])
-        a["gate_ratio"]["tail"].append([sum(routing[i:]) / sum(routing) for i in range(1, chosen_k)])
+        a["routing"]["weights"].append(routing)
+        a["routing"]["experts"].append(chosen)
+        a["routing"]["probability"].append([probability[e] for e in chosen])
+        for name, value in (("hidden", x), ("token", t)):
+            a["inputs"][name].append(value)
+        dense = np.zeros(experts)
+        dense[list(chosen)] = routing
+        a["inputs"]["weights"].append(dense)  # a column for each expert
+        a["inputs"]["experts"].append(dense > 0)
         r = a["residual_gram"]
         r["gram"].append(
-            [np.dot(outputs[e] - z, outputs[f] - z) for e in range(experts) for f in range(experts) if e <= f]
+            [np.dot(routed[e] - z, routed[f] - z) for e in range(experts) for f in range(experts) if e <= f]
         )
-        r["cross"].append([np.dot(outputs[e] - z, z) for e in range(experts)])
+        r["cross"].append([np.dot(routed[e] - z, z) for e in range(experts)])
         r["norm"].append(np.dot(z, z))
         r["logits"].append(logits)
         r["token"].append(t)
-    for e in range(experts):
-        if a["mean_output"]["counts"][e]:
-            a["mean_output"]["routed"][e] /= a["mean_output"]["counts"][e]
-    ordered = sorted(a["gate_ratio"]["ratio"])
-    position = [q / 100 * (len(ordered) - 1) for q in range(101)]
-    below = [int(p) for p in position]
-    a["gate_ratio"]["quantiles"] = [
-        ordered[b] + (p - b) * (ordered[min(b + 1, len(ordered) - 1)] - ordered[b])
-        for b, p in zip(below, position, strict=True)
-    ]
     return a
+
+
+def comparable(probe, got, expected):
+    """Give the weights and experts of `inputs`, which come in the router's order, a column for each expert."""
+    if probe != "inputs":
+        return got
+    weights = np.zeros(np.shape(expected["weights"]))
+    np.put_along_axis(weights, got["experts"], got["weights"], axis=1)
+    chosen = np.zeros(weights.shape)
+    np.put_along_axis(chosen, got["experts"], 1, axis=1)
+    return got | {"weights": weights, "experts": chosen}
 
 
 def assert_close(got, expected, where):
@@ -179,12 +215,14 @@ def test_every_array_equals_plain_loops(case):
     directory, model, ids, mask = case
     stats = gather(model, ids, mask, batch_size=3)
     assert stats.sequence_tokens == (9, 5, 1, 7)
-    assert stats.probes == set(PROBES)
+    assert stats.probes == set(PASSIVE)
     for layer, tokens in plain_blocks(directory, ids, mask).items():
         expected = plain_probes(tokens)
-        for probe, arrays in expected.items():
+        for probe in stats.probes:
+            arrays = expected[probe]
             got = stats.layer(probe, layer)
             assert got.keys() == arrays.keys()
+            got = comparable(probe, got, arrays)
             for name, array in arrays.items():
                 where = f"{probe} {layer} {name}"
                 assert_close(got[name], array, where)
@@ -195,7 +233,8 @@ def test_dtypes_and_layers_are_the_contract(case):
     stats = gather(model, ids, mask)
     expected = {
         "counts": np.int64, "top2_counts": np.int64, "token": np.int64,
-        "ratio": np.float32, "tail": np.float32, "norm": np.float32, "logits": np.float32, "cross": np.float32,
+        "experts": np.int32, "weights": np.float32, "probability": np.float32, "hidden": np.float32,
+        "norm": np.float32, "logits": np.float32, "cross": np.float32,
     }  # fmt: skip
     for (probe, layer), arrays in stats.arrays.items():
         assert layer in shape_of(model).layers
@@ -212,8 +251,8 @@ def test_three_chosen_experts(tmp_path):
     for layer, tokens in plain_blocks(directory, ids, mask).items():
         for probe, arrays in plain_probes(tokens).items():
             for name, array in arrays.items():
-                got = stats.layer(probe, layer)[name]
-                assert_close(got, array, f"{probe} {name}")
+                got = comparable(probe, stats.layer(probe, layer), arrays)
+                assert_close(got[name], array, f"{probe} {name}")
 
 
 def test_the_batch_size_changes_nothing(case):
@@ -261,17 +300,19 @@ def test_the_same_pass_gives_the_same_bytes(case):
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
 def test_the_model_is_left_as_it_was(case, implementation):
-    directory, _, ids, mask = case
+    directory, model, ids, mask = case
+    own = model.config.model_type in SCALED  # outside transformers' experts interface
+    implementation = "eager" if own else implementation
     model = AutoModelForCausalLM.from_pretrained(directory, experts_implementation=implementation).train()
     model.eval()
     with torch.no_grad():
-        before = model.base_model(ids, mask).last_hidden_state
+        before = runtime.decoder(model)(ids, mask).last_hidden_state
     model.train()
     seen = []
-    handle = model.base_model.register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
+    handle = runtime.decoder(model).register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
     gather(model, ids, mask, batch_size=4)
     handle.remove()
-    if implementation == "grouped_mm":
+    if implementation == "grouped_mm" or own:
         assert torch.equal(seen[0], before)  # bit for bit, also while it is observed
     else:
         torch.testing.assert_close(seen[0], before)
@@ -279,28 +320,29 @@ def test_the_model_is_left_as_it_was(case, implementation):
     assert model.config._experts_implementation == implementation
     for module in model.modules():
         assert not hasattr(module, "espalier_observer")
-        assert not module._forward_hooks or "router" not in str(module._forward_hooks)
+        assert not any("Observer" in str(hook) for hook in module._forward_hooks.values())
     model.eval()
     with torch.no_grad():
-        assert torch.equal(model.base_model(ids, mask).last_hidden_state, before)
+        assert torch.equal(runtime.decoder(model)(ids, mask).last_hidden_state, before)
 
 
 def test_the_model_is_left_as_it_was_after_an_error(case):
     _, model, ids, mask = case
+    implementation = model.config._experts_implementation
 
     def stop(done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         gather(model, ids, mask, progress=stop)
-    assert model.config._experts_implementation == "grouped_mm"
-    assert not any(hasattr(module, "espalier_observer") for module in model.modules())
+    assert model.config._experts_implementation == implementation != observe.NAME
+    assert not any(hasattr(module, "espalier_observer") or module._forward_hooks for module in model.modules())
 
 
 def test_one_forward_pass_feeds_all_probes(case):
     _, model, ids, mask = case
     calls, steps = [], []
-    handle = model.base_model.register_forward_hook(lambda *call: calls.append(1))
+    handle = runtime.decoder(model).register_forward_hook(lambda *call: calls.append(1))
     gather(model, ids, mask, batch_size=3, progress=lambda done, total: steps.append((done, total)))
     handle.remove()
     assert len(calls) == 2
@@ -315,13 +357,14 @@ def test_no_expert_runs_that_no_probe_needs(case, monkeypatch):
     monkeypatch.setattr(observe, "expert_output", lambda m, x, e: rows.append(len(x)) or real(m, x, e))
     gather(model, ids, mask, CHEAP)
     assert rows == []
-    layers, tokens = len(shape_of(model).layers), int(mask.sum())
+    shape, tokens = shape_of(model), int(mask.sum())
     gather(model, ids, mask)
-    assert sum(rows) == layers * tokens * (8 - 2)
+    once = 8 - shape.top_k + (8 if shape.family in SCALED else 0)  # there f(x) is not what the block runs
+    assert sum(rows) == len(shape.layers) * tokens * once
 
 
 def test_many_experts_keep_evenly_strided_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr("espalier.probes.GRAM_TOKENS", 8)
+    monkeypatch.setattr("espalier.probes.residual_gram.GRAM_TOKENS", 8)
     directory = save_tiny("olmoe", tmp_path, experts=17, num_hidden_layers=1)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     ids, mask = padded_batch(2)
@@ -368,18 +411,19 @@ def test_skipped_experts_do_not_count(tmp_path):
     experts._is_expert_parallel = True
     experts.register_forward_pre_hook(skip_second)
     stats = gather(skipping, ids, mask)
-    ratio = plain.layer("gate_ratio", 0)["ratio"]
+    weights = plain.layer("routing", 0)["weights"]
+    ratio = weights[:, 1] / weights[:, 0]
     kept = int((ratio >= 0.6).sum())
     assert 0 < kept < 22
-    for probe in ("usage", "output_norm", "mean_output"):
+    for probe in ("usage", "output_norm", "routed_moments"):
         assert stats.layer(probe, 0)["counts"].sum() == 22 + kept
     np.testing.assert_allclose(stats.layer("usage", 0)["gate_sum"].sum(), 22, rtol=1e-6)
-    np.testing.assert_array_equal(stats.layer("gate_ratio", 0)["ratio"], ratio)  # the router's own weights
+    np.testing.assert_array_equal(stats.layer("routing", 0)["weights"], weights)  # the router's own
     np.testing.assert_allclose(
         stats.layer("mean_output", 0)["all_tokens"], plain.layer("mean_output", 0)["all_tokens"], rtol=1e-5, atol=1e-7
     )
     firsts = np.zeros(8)
-    for _, _, outputs, chosen, routing, _ in plain_blocks(directory, ids, mask)[0]:
+    for _, _, outputs, chosen, routing, *_ in plain_blocks(directory, ids, mask)[0]:
         for e in chosen[: 1 if routing[1] < 0.6 * routing[0] else 2]:
             firsts[e] += np.linalg.norm(outputs[e])
     np.testing.assert_allclose(stats.layer("output_norm", 0)["norm_sum"], firsts, rtol=1e-5)
@@ -389,14 +433,15 @@ def test_a_merged_checkpoint_feeds_only_what_its_router_means(tmp_path):
     directory = save_tiny("olmoe", tmp_path)
     ids, mask = padded_batch()
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    expected = gather(model, ids, mask, ["gate_ratio"]).layer("gate_ratio", 0)["ratio"]
+    expected = gather(model, ids, mask, ["routing"]).layer("routing", 0)
     for layer in model.model.layers:
         experts = layer.mlp.experts
         experts.gate_up_proj.data, experts.down_proj.data = experts.gate_up_proj.data[:4], experts.down_proj.data[:4]
         experts.num_experts = 4
         experts.register_forward_pre_hook(lambda _, args: (args[0], args[1] % 4, args[2]))
-    stats = gather(model, ids, mask, ["gate_ratio"], experts=4)
-    np.testing.assert_array_equal(stats.layer("gate_ratio", 0)["ratio"], expected)
+    found = gather(model, ids, mask, ["routing"], experts=4).layer("routing", 0)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
     with pytest.raises(UserError, match=r"layer 0: the router has 8 rows for 4 experts .* probe usage has no meaning"):
         gather(model, ids, mask, ["usage"], experts=4)
 
@@ -448,10 +493,3 @@ def test_mistakes_are_one_line(case):
     mask[2] = 0
     with pytest.raises(UserError, match="sequence 2 has no unmasked token"):
         gather(model, ids, mask, ["usage"])
-
-
-def test_top_1_has_no_ratio(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(save_tiny("mixtral", tmp_path, top_k=1)).eval()
-    with pytest.raises(UserError, match="top_k=1"):
-        gather(model, *padded_batch(), ["gate_ratio"])
-    assert gather(model, *padded_batch(), ["usage"]).layer("usage", 0)["counts"].sum() == 22

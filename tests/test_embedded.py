@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -288,8 +289,8 @@ def test_a_short_training_learns_and_resumes_to_the_same_weights(small_corpora, 
 
     # Interrupted after 8 steps: `steps` may grow while the rate is still flat.
     finish(tmp_path / "parts", steps=14)
-    record = tmp_path / "parts/state/run.json"
-    assert json.loads(record.read_text())["step"] == 14
+    with safe_open(tmp_path / "parts/state/training.safetensors", "pt") as file:
+        assert file.metadata()["done"] == "14"
     with pytest.raises(UserError, match="14 steps were trained"):
         finish(tmp_path / "parts")
     with pytest.raises(UserError, match="same options"):
@@ -302,20 +303,19 @@ def test_resuming_continues_exactly(small_corpora, tmp_path, monkeypatch):
 
     run = small_run(steps=12)
     train.train(run, small_corpora, tmp_path / "whole", 60.0, 100, False)
-    plain_step, calls = train.train_step, []
+    plain_batch = train.draw_batch
 
-    def interrupted(*arguments):
-        if len(calls) == 5:
+    def interrupted(streams, run, step):
+        if step == 5:
             raise InterruptError
-        calls.append(1)
-        return plain_step(*arguments)
+        return plain_batch(streams, run, step)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(train, "draw_batch", interrupted)
     with pytest.raises(InterruptError):
         train.train(run, small_corpora, tmp_path / "parts", 0.0, 100, False)
-    monkeypatch.setattr(train, "train_step", plain_step)
+    monkeypatch.setattr(train, "draw_batch", plain_batch)
     train.train(run, small_corpora, tmp_path / "parts", 60.0, 100, False)
-    whole, parts = (load_file(tmp_path / name / "state/model.safetensors") for name in ("whole", "parts"))
+    whole, parts = (load_file(tmp_path / name / "state/training.safetensors") for name in ("whole", "parts"))
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "parts/model").config.num_experts == 16
@@ -338,7 +338,7 @@ def test_the_rule_trains_and_what_a_failure_leaves_is_continued(small_corpora, t
     run = snakemake(options)
     assert run.returncode == 0, run.stderr
     assert AutoModelForCausalLM.from_pretrained(model.parent).config.num_experts == 16
-    state = results / "embedded/state/run.json"
+    state = results / "embedded/state/training.safetensors"
     written = state.stat().st_mtime_ns
     model.unlink()
     run = snakemake(f"{options} --seed 5")  # refused: the state belongs to another run

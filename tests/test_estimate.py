@@ -1,10 +1,12 @@
 """Estimates: public parameter counts, models on the meta device, sums written out by hand, what jobs really wrote."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +16,16 @@ import pytest
 import torch
 
 import tiny
-from espalier import conf, estimate, forecast, observe, parameters, perplexity, probes, sizes
+from espalier import conf, estimate, forecast, heap, observe, parameters, perplexity, sizes
 from espalier.apply import apply
 from espalier.collect import collect_checkpoint
 from espalier.errors import UserError
 from espalier.estimate import Cost
+from espalier.families import family_of
 from espalier.hardware import Hardware
 from espalier.job_requests import Requests
 from espalier.parameters import Count, Layer
-from espalier.probes import PROBES
+from espalier.probes import PROBES, inputs, residual_gram
 from espalier.running import Running
 from espalier.sizes import Sizes
 from example_plans import example_plan
@@ -96,7 +99,7 @@ CHANGES = (
 )
 
 
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.UNOBSERVED])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_every_layer_counts_what_transformers_builds(family, changes):
     config = tiny.tiny_config(family, **changes)
@@ -163,7 +166,7 @@ def test_gram_matrices_of_many_experts_are_of_a_stride_of_tokens():
     many = replace(SMALL, count=replace(SMALL.count, layers=(replace(BLOCK, experts=32),)))
     shape = type("Shape", (), {"experts": 32})
     for tokens in (100, 16384, 20000, 100000):
-        stride = probes.ResidualGram(shape, tokens).stride
+        stride = residual_gram.ResidualGram(shape, tokens).stride
         assert estimate.gram_tokens(many, tokens) == len(range(0, tokens, stride))
 
 
@@ -189,12 +192,19 @@ def test_memory_by_hand():
     working = 4 * 6 * (40 + 52) + 4 * 6 * 8
     kept = 2 * 32 * 8
     whole = estimate.collect_cost(SMALL, 12, 3, {"usage"}, "float32", WHOLE, HARDWARE)
-    assert whole.memory == process + 1.5 * kept + 4 * 1025 + working
+    # In the files' dtype only the experts, 2 x 8 x 30, are copied when they are stacked; the rest stays mapped.
+    assert whole.memory == process + 2 * kept + 4 * 480 + working
+    assert whole.mapped == estimate.MAPPED_LIBRARIES + 4 * (1025 - 480)
+    stacked = replace(SMALL, stacked=True)
+    assert estimate.collect_cost(stacked, 12, 3, {"usage"}, "float32", WHOLE, HARDWARE).memory < whole.memory
+    other = estimate.collect_cost(SMALL, 12, 3, {"usage"}, "bfloat16", WHOLE, HARDWARE)
+    # Converted, all of it: in half of the bytes, all experts there twice for a moment, 2 x 5 x 2 x 2 x 8 of a matrix.
+    assert other.memory == process + 2 * kept + estimate.KERNEL_BYTES + 2 * 1025 + 12 * 92 + 4 * 6 * 8
     assert (whole.read, whole.written, whole.kept, whole.streamed) == (4 * 1032, kept, kept, False)
     # all experts: 6 x 8 x 5 numbers, in float32 and one and a quarter times in float64
     dense = estimate.collect_cost(SMALL, 12, 3, {"mean_output"}, "float32", WHOLE, HARDWARE)
-    assert dense.memory - 1.5 * dense.kept - (whole.memory - 1.5 * kept) == 240 * (4 + 10)
-    assert dense.kept == 2 * (16 * 8 * 5 + 64)
+    assert dense.memory - 2 * dense.kept - (whole.memory - 2 * kept) == 240 * (4 + 10)
+    assert dense.kept == 2 * (8 * 8 * 5)
 
     streamed = estimate.collect_cost(SMALL, 12, 3, {"usage"}, "float32", STREAMED, HARDWARE)
     # two layers' mixers, a dense and two MoE blocks' feed-forward parts, the embedding, the norm; 12 x 5 activations
@@ -226,17 +236,20 @@ def test_slots_are_what_streaming_holds(tmp_path):
     for family in ("mixtral", "deepseek_v3", "jamba"):
         save_tiny(family, tmp_path / family)
         model = StreamedModel(tmp_path / family)
-        own, read = {}, model._read_layer
+        own, read, done = {}, model._read_layer, [threading.Event() for _ in model.layers]
 
-        def watched(index, read=read, own=own):
+        def watched(index, read=read, own=own, done=done):
             tensors = read(index)
             own.update({tensor.data_ptr(): tensor.numel() for tensor in tensors.values()})
+            done[index].set()
             return tensors
 
         model._read_layer = watched
         batches = [Batch(torch.arange(3, 9)[None])]
         with torch.no_grad():
             for turn in model.turns(batches, model.activations(batches)):
+                # On a busy machine so small a layer may have run, and given its room back, before the next is read.
+                assert all(event.wait(60) for event in done[: turn.layer + 2])
                 turn.run(0)
         found = sizes.sizes_of(str(tmp_path / family))
         assert sum(own.values()) == pytest.approx(found.slots(), rel=0.05), family
@@ -268,6 +281,11 @@ def test_a_checkpoint_has_the_bytes_that_were_said(kind, tmp_path):
 def test_a_proof_that_does_not_fit_is_streamed_then_left_out():
     whole = estimate.apply_cost(SMALL, SMALL, False, WHOLE, HARDWARE)
     assert whole.memory == estimate.PROCESS["proof"] + 4 * 1025
+    # Of the pruned model, once the source is loaded; a merged group's weights stand in each member's place.
+    half = SMALL.without(4)
+    two = replace(SMALL, bytes_per_parameter=2)
+    assert estimate.apply_cost(two, half, False, WHOLE, HARDWARE).memory == estimate.PROCESS["proof"] + 4 * half.loaded
+    assert estimate.apply_cost(two, half, True, WHOLE, HARDWARE).memory == estimate.PROCESS["proof"] + 4 * 1025
     less = estimate.apply_cost(SMALL, SMALL, False, WHOLE, replace(HARDWARE, memory=4.8e8))
     assert less.memory == estimate.PROCESS["proof"] + 4 * (3 * 380 + 105)
     none = estimate.apply_cost(SMALL, SMALL, False, WHOLE, replace(HARDWARE, memory=4e8))
@@ -320,8 +338,9 @@ def test_a_machines_mistakes_are_told(tmp_path, monkeypatch):
 def test_constants_are_those_of_the_code():
     dense = {name for name, probe in PROBES.items() if probe.dense}
     assert dense | {"residual_gram"} == estimate.DENSE_PROBES == set(estimate.FLOAT64_COPIES)
-    assert estimate.GRAM_ALL_TOKENS_EXPERTS == probes.GRAM_ALL_TOKENS_EXPERTS
-    assert estimate.GRAM_TOKENS == probes.GRAM_TOKENS
+    assert estimate.GRAM_ALL_TOKENS_EXPERTS == residual_gram.GRAM_ALL_TOKENS_EXPERTS
+    assert estimate.GRAM_TOKENS == residual_gram.GRAM_TOKENS
+    assert estimate.INPUT_TOKENS == inputs.INPUT_TOKENS
     assert estimate.CHUNK_BYTES == observe.CHUNK_BYTES
     assert estimate.CPU_TOKENS == perplexity.CPU_TOKENS
 
@@ -459,3 +478,20 @@ def test_a_machine_that_is_too_small_is_told(capsys):
     )
     forecast_text.render_model("mixtral_8x7b", machine, Running.of(), 262144, 2048)
     assert "too large" not in capsys.readouterr().out
+
+
+def test_kimi_k2_is_estimated_by_its_own_name_and_told_what_to_change_elsewhere(tmp_path):
+    facts = conf.load("model", "kimi_k2")["_facts"]
+    (tmp_path / "config.json").write_text(json.dumps(dict(facts["config"]) | {"model_type": "kimi_k2"}))
+    found = sizes.sizes_of(str(tmp_path))
+    assert found.loaded == facts["total_parameters"]
+    assert found == sizes.sizes_of("kimi_k2")
+    with pytest.raises(UserError, match=r'"model_type": "deepseek_v3"'):
+        family_of({"model_type": "kimi_k2", "n_routed_experts": 384})
+
+
+def test_caches_of_compiled_products_are_bounded_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"LRU_CACHE_CAPACITY": "7"})
+    Running.of(device="cpu").torch_device()
+    assert os.environ == {"LRU_CACHE_CAPACITY": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": heap.PRIMITIVES}
+    assert 2 * int(heap.PRIMITIVES) * 2.8e5 == estimate.KERNEL_BYTES

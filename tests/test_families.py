@@ -16,15 +16,15 @@ from espalier.checkpoint import Checkpoint
 from espalier.collect import collect
 from espalier.errors import UserError
 from espalier.families import family_of
-from espalier.plan import Keep, Merge, Plan, Skip
+from espalier.operations import Keep, Merge, Skip
+from espalier.plan import Plan
 from espalier.prove import TOLERANCE, prove
-from example_plans import GROUPS, KINDS, WEIGHTS, example_plan, moe_layers
-from plain_block import NAMES, plain_block, tensors_of
-from tiny import FAMILIES, UNOBSERVED, VOCABULARY, save_tiny, tiny_config
+from example_plans import GROUPS, KINDS, WEIGHTS, example_plan, examples, moe_layers
+from plain_block import NAMES, tensors_of
+from tiny import FAMILIES, ONE_EXPERT, VOCABULARY, save_tiny, tiny_config
 
 IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % VOCABULARY
 STACKED = ("gpt_oss", "granitemoe", "llama4_text")
-EVERY = (*FAMILIES, *UNOBSERVED)
 
 
 def logits(model):
@@ -42,7 +42,7 @@ def edit_config(directory, **changes):
 
 
 def test_every_family_is_one_of_transformers_and_is_tested():
-    assert sorted(EVERY) == families.names()
+    assert sorted(FAMILIES) == families.names()
     for name in families.names():
         family = family_of({"model_type": name})
         config_class = getattr(transformers, family.architecture).config_class
@@ -58,7 +58,7 @@ def test_every_family_is_one_of_transformers_and_is_tested():
             assert family.expert_count(both) == getattr(config, family.expert_keys[-1])
 
 
-@pytest.mark.parametrize("family_name", EVERY)
+@pytest.mark.parametrize("family_name", FAMILIES)
 def test_moe_layers_are_those_of_the_model(family_name, tiny_model):
     source = tiny_model(family_name)
     config = Checkpoint(source).config
@@ -82,9 +82,15 @@ def test_layers_by_other_settings():
         model = AutoModelForCausalLM.from_config(config)
         assert list(runtime.moe_blocks(model, family_of(document))) == expected, (name, key)
         assert family_of(document).moe_layers(document) == expected, (name, key)
+    for step, expected in {1: [0, 1, 2], 2: [1], 3: [2]}.items():  # a file may leave the list out
+        config = tiny_config("llama4_text", moe_layers=None, interleave_moe_layer_step=step)
+        model = AutoModelForCausalLM.from_config(config)
+        for document in (config.to_dict(), config.to_dict() | {"moe_layers": None}):
+            assert family_of(document).moe_layers(document) == expected
+        assert list(runtime.moe_blocks(model, family_of(config.to_dict()))) == expected
 
 
-@pytest.mark.parametrize("family_name", EVERY)
+@pytest.mark.parametrize("family_name", FAMILIES)
 def test_every_key_that_holds_the_number_of_experts_is_rewritten(family_name, tmp_path):
     source = save_tiny(family_name, tmp_path / "source")
     keys = family_of({"model_type": family_name}).expert_keys
@@ -99,7 +105,7 @@ def test_every_key_that_holds_the_number_of_experts_is_rewritten(family_name, tm
     assert not type(model).__name__.startswith("Espalier")
 
 
-@pytest.mark.parametrize("family_name", EVERY)
+@pytest.mark.parametrize("family_name", FAMILIES)
 def test_identity_plans_leave_the_logits_bit_equal(family_name, tmp_path, tiny_model):
     source = tiny_model(family_name)
     expected, before = logits(runtime.load(source)), tensors_of(source)
@@ -120,9 +126,7 @@ def test_identity_plans_leave_the_logits_bit_equal(family_name, tmp_path, tiny_m
             assert torch.equal(found, expected), name
 
 
-@pytest.mark.parametrize(
-    ("family_name", "kind"), [*product(FAMILIES, ("remap_skip", "keep")), *product(UNOBSERVED, ("remap", "keep"))]
-)
+@pytest.mark.parametrize(("family_name", "kind"), [*examples("remap_skip", "keep"), *product(ONE_EXPERT, ("remap",))])
 def test_the_proof_holds_and_catches_a_wrong_router(family_name, kind, tmp_path, applied):
     source, out, plan = applied(family_name, kind)
     report = prove(source, out, plan)
@@ -266,37 +270,79 @@ def test_a_tensor_of_the_router_that_the_family_does_not_know_is_refused(family_
 # Llama 4, whose router scales the experts' input
 
 
-@pytest.mark.parametrize("kind", ["keep", "slice", "tie", "remap", "few", "uneven_keep", "uneven_remap"])
-def test_llama4_computes_plain_loops_and_the_live_plan(kind, applied):
-    source, out, plan = applied("llama4_text", kind)
-    family = Checkpoint(source).family
-    model = runtime.load(out)
-    live = runtime.live(runtime.load(source), plan, family)
-    torch.testing.assert_close(logits(model), logits(live), rtol=0, atol=1e-5)
-    hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(3))
-    expected, counts = plain_block(source, 2, plan.layers[2], hidden)
-    for changed in (model, live):
-        block = runtime.moe_blocks(changed, family)[2]
-        with torch.inference_mode():
-            found = block(hidden)[0] - block.shared_expert(hidden)
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    assert counts == [1] * 40
-    with torch.inference_mode(), runtime.count_active(model, family) as counter:
-        model(input_ids=IDS, attention_mask=torch.ones_like(IDS).index_fill(1, torch.tensor([11]), 0))
-    assert counter.means() == {0: 1.0, 2: 1.0}
-    assert counter.tokens == {0: 22, 2: 22}
+def test_llama4_counts_one_expert_a_token(applied):
+    for kind in ("keep", "remap", "few"):
+        source, out, _ = applied("llama4_text", kind)
+        model, family = runtime.load(out), Checkpoint(source).family
+        with torch.inference_mode(), runtime.count_active(model, family) as counter:
+            model(input_ids=IDS, attention_mask=torch.ones_like(IDS).index_fill(1, torch.tensor([11]), 0))
+        assert counter.means() == {0: 1.0, 2: 1.0}
+        assert counter.tokens == {0: 22, 2: 22}
 
 
-def test_llama4_refuses_what_it_has_no_meaning_for(tmp_path, tiny_model):
-    source = tiny_model("llama4_text")
-    checkpoint = Checkpoint(source)
-    message = "the router of llama4_text scales the experts' input, .* Use method=random or a plan of your own"
-    with pytest.raises(UserError, match=message):
-        collect(runtime.load(source), checkpoint.shape(), checkpoint.family, IDS, None, ["usage"])
+def test_llama4_refuses_what_it_has_no_meaning_for(tmp_path, tiny_model, applied):
     with pytest.raises(UserError, match="layer 0: skip has nothing to leave out, the router picks top_k=1"):
-        Plan({"name": "x"}, {0: (Skip(0.5, "tail"),)}).check(checkpoint.shape())
+        Plan({"name": "x"}, {0: (Skip(0.5, "tail"),)}).check(Checkpoint(tiny_model("llama4_text")).shape())
     with pytest.raises(UserError, match=r"num_experts_per_tok=2; of llama4_text Espalier knows models with 1"):
         Checkpoint(save_tiny("llama4_text", tmp_path, top_k=2)).shape()
+    merged = Checkpoint(applied("llama4_text", "remap")[1])
+    with pytest.raises(UserError, match=r"the router has 8 rows for 4 experts .* probe usage has no meaning"):
+        collect(runtime.load(merged.directory), merged.shape(), merged.family, IDS, None, ["usage"])
+
+
+def test_llama4_says_which_rows_of_a_merged_router_tokens_chose(applied):
+    out = Checkpoint(applied("llama4_text", "remap")[1])
+    model = runtime.load(out.directory)
+    seen = {}
+    hooks = [
+        block.router.register_forward_hook(lambda _, args, output, layer=layer: seen.__setitem__(layer, output[1]))
+        for layer, block in runtime.moe_blocks(model, out.family).items()
+    ]
+    ids = IDS.clamp(min=3)  # not the padding, for which all logits are 0
+    stats = collect(model, out.shape(), out.family, ids, None, ["routing"])
+    for hook in hooks:
+        hook.remove()
+    for layer, found in seen.items():
+        arrays = stats.layer("routing", layer)
+        assert arrays["experts"][:, 0].tolist() == found.argmax(-1).tolist()
+        assert set(arrays["experts"][:, 0].tolist()) - set(range(4))
+        torch.testing.assert_close(torch.tensor(arrays["weights"][:, 0]), found.amax(-1).sigmoid())
+
+
+def test_llama4_can_be_observed_again_after_pruning(applied):
+    """The second method of METHOD@THEN: its statistics are those of the pruned model."""
+    out = Checkpoint(applied("llama4_text", "keep")[1])
+    model = runtime.load(out.directory)
+    stats = collect(model, out.shape(), out.family, IDS, None, ["usage", "mean_output"])
+    for layer, block in runtime.moe_blocks(model, out.family).items():
+        chosen = []
+        handle = block.router.register_forward_hook(lambda _, args, output, chosen=chosen: chosen.append(output[0]))
+        logits(model)
+        handle.remove()
+        counts = torch.bincount(chosen[0].argmax(-1), minlength=4)
+        assert stats.layer("usage", layer)["counts"].tolist() == counts.tolist()
+        assert stats.layer("mean_output", layer)["all_tokens"].shape == (4, 32)
+
+
+def test_a_language_model_beside_other_parts_says_how_to_write_it_out(tmp_path):
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision |= {"image_size": 8, "patch_size": 4, "vision_output_dim": 16, "projector_input_dim": 16}
+    config = transformers.Llama4Config(
+        text_config=tiny_config("llama4_text").to_dict(), vision_config=vision | {"projector_output_dim": 16}
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.Llama4ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "whole")
+    message = (
+        r"model_type='llama4' holds a language model \(llama4_text\) beside other parts, .*"
+        r"transformers\.Llama4ForCausalLM\.from_pretrained\(SOURCE\)\.save_pretrained\(OUT\)\.$"
+    )
+    with pytest.raises(UserError, match=message):
+        Checkpoint(tmp_path / "whole").shape()
+    transformers.Llama4ForCausalLM.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "text")
+    assert Checkpoint(tmp_path / "text").shape().layers == (0, 2)
+    assert torch.equal(logits(runtime.load(tmp_path / "text")), logits(model))
 
 
 # Layers that predict ahead

@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from espalier.store import VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
-STAGES = ("tokens", "collect", "plan", "apply", "score")
+STAGES = ("tokens", "collect", "fit", "plan", "apply", "teacher", "tune", "score")
 RATIO = {"ratio": 0.5}
 
 
@@ -63,16 +64,45 @@ def collected(work):
     }
 
 
+def fitted(work, fitting):
+    from espalier.fit import fit
+    from espalier.running import Running
+
+    fitting = replace(fitting, epochs=2, batch=3)
+    running = Running.of(device="cpu", stream="never")
+    return fit(source(work), fitting, words(), None, running, work / f"{fitting.name}.state")
+
+
+def learnt(work):
+    from espalier import conf
+    from espalier.methods import build, fit_of
+
+    found = {}
+    for name in conf.names("method"):
+        fitting = None if name == "none" else fit_of(build(conf.load("method", name)))
+        if fitting is not None:
+            stats, curve = fitted(work, fitting)
+            sums = {f"{layer}.{key}": round(float(np.sum(array**2)), 3)
+                    for (_, layer), named in stats.arrays.items() for key, array in named.items()}  # fmt: skip
+            found[name] = sums | {"loss": [step.loss for step in curve]}
+    return found
+
+
 def plans(work):
     from espalier import conf
-    from espalier.methods import build
+    from espalier.methods import build, fit_of, make_plan
+    from tiny import save_tiny
 
     stats, checkpoint = statistics(work)
+    before = save_tiny("mixtral", work / "before", seed=1)  # what the model was tuned from, say
     found = {}
     for name in conf.names("method"):
         if name != "none":
             config = conf.load("method", name)
-            plan = build(config | (RATIO if "ratio" in config else {})).plan(stats, checkpoint.shape())
+            method = build(config | (RATIO if "ratio" in config else {}))
+            base = before if "base" in config else None
+            evidence = stats if fit_of(method) is None else fitted(work, fit_of(method))[0]
+            plan = make_plan(method, evidence, checkpoint.shape(), source(work), base)
             found[name] = plan.document()["layers"]
     return json.loads(json.dumps(found))
 
@@ -81,7 +111,8 @@ def applied(work):
     from safetensors.numpy import load_file
 
     from espalier.apply import apply
-    from espalier.plan import Keep, Merge, Plan, Skip
+    from espalier.operations import Keep, Merge, Skip
+    from espalier.plan import Plan
 
     merge = Merge(((0, 3), (1,), (2, 4, 5), (6,), (7,)), ((0.25, 0.75), (1.0,), (0.5, 0.25, 0.25), (1.0,), (1.0,)))
     plans = {
@@ -100,6 +131,42 @@ def applied(work):
     return found
 
 
+def words():
+    return np.random.default_rng(2).integers(3, 90, (6, 16)).astype(np.int32)
+
+
+def taught(work):
+    from espalier.running import Running
+    from espalier.teacher import make_teacher
+
+    tensors = make_teacher(source(work), words(), None, 8, "float32", Running.of(device="cpu", stream="never"))
+    return {name: [list(t.shape), round(float(t.double().sum()), 2)] for name, t in tensors.items()}
+
+
+def tuned(work):
+    from espalier.apply import apply
+    from espalier.operations import Keep
+    from espalier.plan import Plan
+    from espalier.running import Running
+    from espalier.teacher import make_teacher, save_teacher
+    from espalier.tune import Text, tune
+    from espalier.tune_settings import Tuning
+
+    running = Running.of(device="cpu", stream="never")
+    kept = Plan({"name": "golden"}, {n: (Keep((0, 2, 3, 7)),) for n in range(3)})
+    apply(source(work), kept, work / "kept", prove=False)
+    save_teacher(work / "teacher", make_teacher(source(work), words(), None, 8, "float32", running), {})
+    found = {}
+    for objective in ("lm", "distill", "layerwise"):
+        out, given = work / objective, {"original": source(work), "teacher": work / "teacher"}
+        settings = Tuning(f"router_{objective}", objective, rate=0.01, tokens=96, batch=2, entropy=0.01)
+        if objective == "lm":
+            given.pop("teacher")
+        tune(work / "kept", out, settings, Text(words()), running, work / f"{objective}.state", **given)
+        found[objective] = [row["loss"] for row in json.loads((out / "tuning.json").read_text())["curve"]]
+    return found
+
+
 def scored(work):
     from transformers import AutoTokenizer
 
@@ -113,7 +180,16 @@ def scored(work):
     return {score.id: [score.nll, score.tokens, score.bytes] for score in found}
 
 
-MAKE = {"tokens": tokens, "collect": collected, "plan": plans, "apply": applied, "score": scored}
+MAKE = {
+    "tokens": tokens,
+    "collect": collected,
+    "fit": learnt,
+    "plan": plans,
+    "apply": applied,
+    "teacher": taught,
+    "tune": tuned,
+    "score": scored,
+}
 
 
 def same(found, golden):

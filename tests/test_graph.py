@@ -7,6 +7,7 @@ import pytest
 from espalier import graph
 from espalier.errors import UserError
 from espalier.store import Store
+from espalier.sweep import points
 
 
 def stages(experiment):
@@ -29,7 +30,7 @@ def project(tmp_path, monkeypatch, sweep, name="mine", rest=""):
 
 def test_points_cross_and_zip():
     sweep = [{"a": [1, 2], "b": ["x", "y"]}, {"c": 3, "zip": {"d": [4, 5], "e": [6, 7]}}, {}]
-    assert list(graph.points(sweep)) == [
+    assert list(points(sweep)) == [
         {"a": 1, "b": "x"},
         {"a": 1, "b": "y"},
         {"a": 2, "b": "x"},
@@ -42,7 +43,7 @@ def test_points_cross_and_zip():
 
 def test_zip_needs_equal_lengths():
     with pytest.raises(UserError, match=r"'d': 2, 'e': 1"):
-        list(graph.points([{"zip": {"d": [4, 5], "e": [6]}}]))
+        list(points([{"zip": {"d": [4, 5], "e": [6]}}]))
 
 
 def test_calibration_is_shared_over_methods_and_ratios(tmp_path, monkeypatch):
@@ -68,7 +69,7 @@ def test_skipping_after_pruning_observes_the_pruned_model(tmp_path, monkeypatch)
     store = project(tmp_path, monkeypatch, ["{method: naee, method.ratio: 0.5, method@then: naee_skip}"])
     nodes = {node.id: node for node in graph.expand("mine", [], store).nodes}
     first, second = [node for node in nodes.values() if node.stage == "apply"]
-    (probe,) = [n for n in nodes.values() if n.stage == "probe" and n.config["probe"] == "gate_ratio"]
+    (probe,) = [n for n in nodes.values() if n.stage == "probe" and n.config["probe"] == "routing"]
     assert first.id in probe.parents
     assert second.parents[0] == first.id
 
@@ -134,7 +135,7 @@ def test_an_unknown_experiment_names_the_nearest(tmp_path):
 def test_large_sweeps_compose_once_per_choice_of_groups(tmp_path, monkeypatch):
     import hydra
 
-    ratios = [round(0.001 * n, 3) for n in range(1, 501)]
+    ratios = [round(0.1 + 0.001 * n, 3) for n in range(1, 501)]
     store = project(tmp_path, monkeypatch, [f"{{method: [reap, frequency], method.ratio: {ratios}}}"])
     calls = []
     compose = hydra.compose
@@ -142,6 +143,24 @@ def test_large_sweeps_compose_once_per_choice_of_groups(tmp_path, monkeypatch):
     experiment = graph.expand("mine", [], store)
     assert stages(experiment)["plan"] == 1000
     assert len(calls) == 3  # the experiment itself, and one a method
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=reap", "method.ratio=0.95"], r"conf/method/reap.yaml: ratio=0.95 leaves 1 of 16 experts"),
+        (["method=mone", "method.ratio=0.01"], r"conf/method/mone.yaml: ratio=0.01"),
+        (["method=reap", "model=smollm2_135m"], None),  # its files are made when it is fetched: not known yet
+        (["method=reap", "method.ratio=0.95", "model=mixtral_8x7b"], None),  # not here
+    ],
+)
+def test_what_a_model_at_hand_cannot_have_is_refused_before_anything_runs(overrides, message, tmp_path, monkeypatch):
+    store = project(tmp_path, monkeypatch, ["{}"])
+    if message is None:
+        assert stages(graph.expand("mine", overrides, store))["plan"] == 1
+        return
+    with pytest.raises(UserError, match=message):
+        graph.expand("mine", overrides, store)
 
 
 def test_an_override_that_the_sweep_would_hide_is_refused(tmp_path):

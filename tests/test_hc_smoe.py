@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy.cluster.hierarchy import linkage as scipy_linkage
+from scipy.spatial.distance import cdist
 
 from espalier.errors import UserError
 from espalier.methods.agglomerate import LINKAGES, cut, linkage_matrix
@@ -48,7 +49,7 @@ def plain_clustering(points, linkage):
 def test_clusters_equal_the_definition_and_scipy(linkage, seed):
     points = np.random.default_rng(seed).normal(size=(11, 4))
     partitions, heights = plain_clustering(points, linkage)
-    merges = linkage_matrix(points, linkage)
+    merges = linkage_matrix(cdist(points, points), linkage)
     np.testing.assert_allclose(merges[:, 2], heights, rtol=1e-9)
     for clusters in range(1, 12):
         assert cut(merges, clusters) == partitions[clusters]
@@ -61,13 +62,13 @@ def test_ties_merge_the_lowest_ids_first(linkage):
     for seed in range(20):
         points = np.random.default_rng(seed).integers(0, 3, size=(9, 2)).astype(np.float64)
         partitions, _ = plain_clustering(points, linkage)
-        merges = linkage_matrix(points, linkage)
+        merges = linkage_matrix(cdist(points, points), linkage)
         assert all(cut(merges, clusters) == partitions[clusters] for clusters in range(1, 10))
 
 
 @pytest.mark.parametrize("linkage", LINKAGES)
 def test_identical_experts_still_leave_exactly_r_groups(linkage):
-    merges = linkage_matrix(np.ones((6, 3)), linkage)
+    merges = linkage_matrix(np.zeros((6, 6)), linkage)
     assert [len(cut(merges, clusters)) for clusters in range(1, 7)] == [1, 2, 3, 4, 5, 6]
     assert cut(merges, 4) == [[0, 1, 2], [3], [4], [5]]
 
@@ -120,10 +121,13 @@ def test_layers_are_clustered_by_their_own_mean_outputs():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"similarity": "weight"}, "similarity=weight is not available; available: expert_output"),
-        ({"distance": "cosine"}, "distance=cosine is not available; available: euclidean"),
+        ({"similarity": "output"}, "similarity=output is not available; available: expert_output, routed_output"),
+        ({"distance": "manhattan"}, "distance=manhattan is not available; available: euclidean, cosine"),
         ({"linkage": "centroid"}, "linkage=centroid .* available: average, single, complete, ward"),
-        ({"merge": "zipit"}, "merge=zipit is not available; available: frequency, average"),
+        ({"linkage": "ward", "distance": "cosine"}, "linkage=ward needs distance=euclidean, not cosine"),
+        ({"merge": "mean"}, "merge=mean is not available; available: frequency, average, fix_dominant, zipit, least_"),
+        ({"budget": "local"}, "budget=local is not available; available: uniform, global, knapsack"),
+        ({"global_by": "loss"}, "global_by=loss is not available; available: usage, linkage"),
         ({"freq_topk": 4}, "freq_topk=4 is not available; available: model, 2"),
         ({"router": "drop"}, "router=drop is not available; available: remap, slice, tie"),
     ],

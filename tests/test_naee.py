@@ -8,8 +8,9 @@ import pytest
 
 from espalier.errors import UserError
 from espalier.methods.naee import Naee
-from espalier.methods.subset_loss import all_subsets, enumerate_subsets
-from espalier.plan import Keep
+from espalier.methods.rerouting import Router
+from espalier.methods.subset_loss import BlockLoss, all_subsets, enumerate_subsets
+from espalier.operations import Keep
 from stats_factory import Block, make_blocks, make_shape, observe
 
 SEQUENCES = (7, 5, 9, 4, 11)
@@ -82,9 +83,9 @@ def test_search_equals_brute_force(experts, top_k, renormalise, removed):
             assert plan.layers[layer] == (Keep(tuple(e for e in everyone if e not in ranked[0])),)
             evidence = plan.evidence[layer]
             assert evidence["subsets"] == comb(experts, removed)
-            assert evidence["loss"] == pytest.approx(expected[ranked[0]], rel=1e-5)
+            assert evidence["loss"] == pytest.approx(expected[ranked[0]], rel=3e-5)
             assert [tuple(b["dropped"]) for b in evidence["best"]] == ranked[:5]
-            assert [b["loss"] for b in evidence["best"]] == pytest.approx([expected[d] for d in ranked[:5]], rel=1e-5)
+            assert [b["loss"] for b in evidence["best"]] == pytest.approx([expected[d] for d in ranked[:5]], rel=3e-5)
             whole = 0.0
             for chunk in chunks:
                 args = (everyone, top_k, renormalise)
@@ -100,10 +101,12 @@ def test_table_of_all_subsets_equals_enumeration(experts, chunked):
     stats = observe(make_blocks(shape, 2 * TOKENS, seed=experts), shape, SEQUENCES * 2)
     arrays = stats.layer("residual_gram", 0)
     chunk = np.repeat(np.arange(10), SEQUENCES * 2) // 3 * chunked
-    table = all_subsets(arrays, chunk)
+    block = BlockLoss(arrays, chunk, Router("softmax", 2, True))
+    table = all_subsets(block)
     for removed in {1, experts // 2, experts - 2}:
-        position = [sum(1 << e for e in dropped) for dropped in combinations(range(experts), removed)]
-        expected = enumerate_subsets(arrays, chunk, removed, 2, True)
+        sets = list(combinations(range(experts), removed))
+        position = [sum(1 << e for e in dropped) for dropped in sets]
+        expected = enumerate_subsets(block, sets)
         np.testing.assert_allclose(table[position], expected, rtol=1e-12)
     assert table[0] == 0
     assert all(np.isinf(table[position]) for position in range(1 << experts) if position.bit_count() > experts - 2)
@@ -112,9 +115,9 @@ def test_table_of_all_subsets_equals_enumeration(experts, chunked):
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_experts_that_no_token_needs_cost_exactly_nothing(top_k):
     shape = make_shape(9, top_k, layers=(0,))
-    block = make_blocks(shape)[0]
+    block = make_blocks(shape, 400)[0]
     logits = block.logits.copy()
-    logits[:, [2, 4, 5, 7]] -= 30
+    logits[:, [2, 4, 5, 7]] -= 300
     stats = observe({0: Block(logits, block.outputs)}, shape)
     plan = Naee(3 / 9).plan(stats, shape)
     evidence = plan.evidence[0]
@@ -180,19 +183,24 @@ def test_logits_of_any_size_are_safe():
         assert np.isfinite(plan.evidence[0]["loss"])
 
 
-def test_a_search_that_would_take_days_is_refused_with_its_size():
+def test_an_exact_search_that_would_take_days_is_refused_with_its_size():
     shape = make_shape(64, 8, layers=(0,), hidden=2)
+    with pytest.raises(UserError, match=r"naee.yaml: search=exact, removing 16 of 64 .* 4.89e\+14 subsets on 3 tokens"):
+        Naee(0.25, search="exact").check(shape, 3)
     stats = observe(make_blocks(shape, 3), shape)
-    with pytest.raises(UserError, match=r"naee.yaml: removing 16 of 64 .* 4.89e\+14 subsets on 3 tokens"):
-        Naee(0.25).plan(stats, shape)
-    assert len(Naee(1 / 64).plan(stats, shape).layers[0][0].experts) == 63
+    with pytest.raises(UserError, match="Use search=auto"):
+        Naee(0.25, search="exact").plan(stats, shape)
+    assert len(Naee(1 / 64, search="exact").plan(stats, shape).layers[0][0].experts) == 63
+    assert len(Naee(0.25).plan(stats, shape).layers[0][0].experts) == 48
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"mode": "progressive"}, "mode=progressive is not available yet; available: layerwise"),
-        ({"mode": "backwards"}, "mode=backwards is not available; available: layerwise"),
+        ({"mode": "backwards"}, "mode=backwards is not available; available: layerwise, progressive"),
+        ({"search": "random"}, "search=random is not available; available: auto, exact, greedy, branch_and_bound"),
+        ({"budget": "global"}, "budget=global is not available; available: uniform, knapsack"),
+        ({"mode": "progressive", "budget": "knapsack"}, "budget=knapsack compares all layers before the first"),
         ({"loss": "l1"}, "loss=l1 is not available; available: single, chunked"),
         ({"chunk_sequences": 0}, "chunk_sequences=0 is not a whole number >= 1"),
         ({"chunk_sequences": 1.5}, "chunk_sequences=1.5 is not a whole number >= 1"),

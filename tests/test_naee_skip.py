@@ -5,14 +5,15 @@ import pytest
 
 from espalier.errors import UserError
 from espalier.methods.naee_skip import NaeeSkip
-from espalier.plan import Skip
+from espalier.operations import Skip
 from espalier.stats import Stats
 from stats_factory import make_blocks, make_shape, observe
 
 
 def ratio_stats(ratios):
     shape = make_shape(layers=(0,))
-    return Stats(shape, (len(ratios),), {("gate_ratio", 0): {"ratio": np.array(ratios, np.float32)}}), shape
+    weights = np.array([[1, ratio] for ratio in ratios], np.float32)
+    return Stats(shape, (len(ratios),), {("routing", 0): {"weights": weights}}), shape
 
 
 def experts_kept(weights, skip):
@@ -91,8 +92,8 @@ def test_experts_per_token_equal_a_count_over_tokens(top_k, renormalise, keys):
 def test_median_of_all_tails_halves_the_experts_that_can_be_skipped():
     """By hand: K = 3, two tokens. Tails (3/4, 1/4) and (1/2, 1/8); the median of the four is 3/8."""
     shape = make_shape(top_k=3, layers=(0,))
-    tail = np.array([[0.75, 0.25], [0.5, 0.125]], np.float32)
-    plan = NaeeSkip().plan(Stats(shape, (2,), {("gate_ratio", 0): {"tail": tail}}), shape)
+    weights = np.array([[0.25, 0.5, 0.25], [0.5, 0.375, 0.125]], np.float32)
+    plan = NaeeSkip().plan(Stats(shape, (2,), {("routing", 0): {"weights": weights}}), shape)
     assert plan.layers[0] == (Skip(0.375, "tail"),)
     assert plan.evidence[0]["experts_per_token"] == 2  # (K + 1) / 2
 

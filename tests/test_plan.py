@@ -8,8 +8,10 @@ import sys
 import pytest
 
 from espalier.errors import UserError
-from espalier.layout import block_layout, source_layout
-from espalier.plan import Keep, Merge, Plan, Skip, survivors
+from espalier.layout import Slot, block_layout, source_layout
+from espalier.methods.budget import survivors
+from espalier.operations import Keep, Merge, Skip
+from espalier.plan import Plan
 from espalier.shape import ModelShape
 from espalier.store import write_json
 
@@ -50,6 +52,12 @@ def plan(**layers):
         ((Merge(GROUPS, ((0.5, 0.5, 0.5), (1.0,), (0.5, 0.5))),), r"weights of group \[0, 2, 5\] do not sum to 1"),
         ((merge("drop"),), "merge.router='drop'; known: remap, slice, tie"),
         ((Merge(((0, 1, 2, 3, 4, 5),), ((1 / 6,) * 6,), "slice"),), "router=slice leaves 1 router rows"),
+        (
+            (Merge(GROUPS, WEIGHTS, "slice", rows=(5, 1, 2)),),
+            r"merge.rows=\[5, 1, 2\] must name a member of each group",
+        ),
+        ((Merge(GROUPS, WEIGHTS, "slice", rows=(5, 1)),), r"merge.rows=\[5, 1\] must name a member of each group"),
+        ((Merge(GROUPS, WEIGHTS, "remap", rows=(5, 1, 4)),), "merge.rows=.*; router=slice"),
         ((Skip(1.5),), "beta=1.5 lies outside 0..1"),
         ((Skip(0.5, "half"),), "skip.rule='half'"),
     ],
@@ -59,13 +67,9 @@ def test_refuses_operations_that_do_not_fit(operations, message):
         plan(_1=operations).check(SHAPE)
 
 
-def test_refuses_a_layer_without_experts_and_a_rule_for_two():
+def test_refuses_a_layer_without_experts():
     with pytest.raises(UserError, match=r"layer 2 has no MoE block; layers with one: \[0, 1, 3\]"):
         plan(_2=(Skip(0.1),)).check(SHAPE)
-    wide = ModelShape.from_document(SHAPE.document() | {"top_k": 4})
-    with pytest.raises(UserError, match="rule=ratio needs top_k=2, the model has 4"):
-        plan(_0=(Skip(0.1),)).check(wide)
-    assert plan(_0=(Skip(0.1, "tail"),)).check(wide).layers[0] == (Skip(0.1, "tail"),)
 
 
 OPERATIONS = {
@@ -97,12 +101,15 @@ def test_counts_equal_a_count_over_what_is_left(names):
 
 def test_layout_follows_the_operations():
     block = block_layout(0, source_layout(6, None), OPERATIONS["keep_remap"])
-    assert block.slots == (((1, 0.5), (5, 0.5)), ((2, 1.0),), ((3, 1.0),))
+    assert block.slots == (Slot(((1, 0.5), (5, 0.5))), Slot(((2, 1.0),)), Slot(((3, 1.0),)))
     assert block.rows == (1, 2, 3, 5)
     assert block.expert_map == (0, 1, 2, 0)
     tied = block_layout(0, source_layout(6, None), (merge("tie"),))
-    assert tied.slots[0] == tied.slots[2] == tied.slots[5] == ((0, 0.5), (2, 0.25), (5, 0.25))
+    assert tied.slots[0] == tied.slots[2] == tied.slots[5] == Slot(((0, 0.5), (2, 0.25), (5, 0.25)))
     assert block_layout(0, source_layout(6, None), (merge("slice"),)).rows == (0, 1, 3)
+    chosen = block_layout(0, source_layout(6, None), (Merge(GROUPS, WEIGHTS, "slice", rows=(5, 1, 4)),))
+    assert chosen.rows == (1, 4, 5)  # the stored experts follow their rows
+    assert [slot.parts[0][0] for slot in chosen.slots] == [1, 3, 0]
     with pytest.raises(UserError, match="layer 0: merge cannot follow skip"):
         block_layout(0, source_layout(6, None), (Skip(0.1), merge()))
     with pytest.raises(UserError, match="layer 0: keep cannot follow a merge"):

@@ -57,8 +57,8 @@ def test_reduced_shards_are_the_whole(case, shards, stream, tmp_path):
 
 def test_the_gram_of_many_experts_strides_over_the_whole_calibration(case, monkeypatch):
     """More than 16 experts observe every n-th token of all, whatever the shard that it is in."""
-    monkeypatch.setattr("espalier.probes.GRAM_ALL_TOKENS_EXPERTS", 4)
-    monkeypatch.setattr("espalier.probes.GRAM_TOKENS", 20)
+    monkeypatch.setattr("espalier.probes.residual_gram.GRAM_ALL_TOKENS_EXPERTS", 4)
+    monkeypatch.setattr("espalier.probes.residual_gram.GRAM_TOKENS", 20)
     directory, ids, mask = case
     running = Running.of(device="cpu", stream="never", collect_batch_size=1)
     parts = [

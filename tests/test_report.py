@@ -14,7 +14,8 @@ import pytest
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from espalier import plots
-from espalier.plan import Keep, Merge, Plan, Skip
+from espalier.operations import Keep, Merge, Skip
+from espalier.plan import Plan
 from espalier.report import make_report
 from espalier.shape import ModelShape
 from espalier.stats import Stats

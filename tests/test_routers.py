@@ -7,10 +7,11 @@ import pytest
 from espalier.apply import apply
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.methods.naee import Naee
+from espalier.methods.budget import survivors
 from espalier.methods.reap import Reap
 from espalier.methods.soft_count import SoftCount
-from espalier.plan import Keep, Merge, Plan, Skip, survivors
+from espalier.operations import Keep, Merge, Skip
+from espalier.plan import Plan
 from espalier.prove import prove
 from espalier.shape import ModelShape
 from espalier.stats import Stats
@@ -140,11 +141,6 @@ def test_ratios_that_suit_the_groups(tiny_model):
 @pytest.mark.parametrize(
     ("family_name", "changes", "method", "message"),
     [
-        ("minimax_m2", {}, Naee(0.5), "router of minimax_m2 is sigmoid with a correction bias. Use method=reap."),
-        ("phimoe", {}, Naee(0.5), "router of phimoe is sparsemixer. Use method=reap."),
-        ("ernie4_5_moe", {}, Naee(0.5), "router of ernie4_5_moe is softmax with a correction bias. Use method=reap."),
-        ("deepseek_v2", {"topk_method": "greedy"}, Naee(0.5), "router of deepseek_v2 is softmax times 1.5"),
-        ("deepseek_v3", {}, Naee(0.5), "the model has 2. Use reap"),
         ("glm4_moe", {}, SoftCount(0.5), "router of glm4_moe is sigmoid with a correction bias. Use method=reap"),
         ("minimax_m2", {}, Reap(0.5, "published"), "router of minimax_m2 is sigmoid .* Use weights=model"),
     ],

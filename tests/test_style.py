@@ -43,7 +43,7 @@ def test_every_group_file_has_its_name_and_every_model_its_keys():
 
 
 def test_hydra_composes_in_one_file_and_wandb_logs_from_one():
-    assert [p.name for p in SOURCES if "hydra" in imports(p)] == ["graph.py"]
+    assert [p.name for p in SOURCES if "hydra" in imports(p)] == ["sweep.py"]
     assert [p.name for p in SOURCES if "wandb" in imports(p)] == ["tracking.py"]
     assert not [p.name for p in SOURCES if "hydra.main" in p.read_text()]
 

@@ -17,12 +17,13 @@ FAMILIES = (
     "gpt_oss",
     "granitemoe",
     "jamba",
+    "llama4_text",
     "minimax",
     "minimax_m2",
     "phimoe",
     "qwen3_next",
 )
-UNOBSERVED = ("llama4_text",)  # its router scales the experts' input
+ONE_EXPERT = ("llama4_text",)  # a token: nothing to skip, and no second weight to compare with
 DENSE_LAYERS = {  # of three; the others hold a MoE block
     "deepseek_v2": (0,),
     "deepseek_v3": (0,),
@@ -147,6 +148,8 @@ OWN: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "moe_layers": [0, 2],
         "attention_chunk_size": 6,
+        "no_rope_layer_interval": 2,
+        "floor_scale": 4,
     },
     "minimax": {"num_local_experts": 8, "intermediate_size": 24, "head_dim": 8, "block_size": 16},
     "minimax_m2": {"num_local_experts": 8, "intermediate_size": 24, "head_dim": 8},
@@ -169,7 +172,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family_name: str, **changes: Any) -> PreTrainedConfig:
-    """Return the config of a tiny model: 3 layers, D=32, F=24, E=8, K=2, 96 tokens.
+    """Return the config of a tiny model: 3 layers, D=32, F=24, E=8, K=2 (1 in ONE_EXPERT), 96 tokens.
 
     `changes` replaces keys. `experts=N` and `top_k=N` work for every family. Some layers are dense
     (DENSE_LAYERS); for the qwen families not when `mlp_only_layers=[]` is given.
