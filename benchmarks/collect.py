@@ -29,7 +29,7 @@ from espalier.probes import PROBES
 from espalier.shape import ModelShape
 from espalier.tokens import make_tokens
 
-ROUTED = ("usage", "output_norm", "logit_gram", "gate_ratio")
+ROUTED = ("usage", "output_norm", "logit_gram", "routing")
 BATCH = 8
 
 

@@ -21,7 +21,7 @@ from espalier import runtime
 from espalier.collect import collect_checkpoint
 from espalier.running import Running
 
-CHEAP = ("usage", "output_norm", "logit_gram", "gate_ratio")
+CHEAP = ("usage", "output_norm", "logit_gram", "routing")
 LENGTH, BATCH, EXPERTS, CHOSEN = 512, 4, 8, 2
 RUNNING = Running.of(device="cpu", stream="always", collect_batch_size=BATCH)
 

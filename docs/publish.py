@@ -1,4 +1,4 @@
-"""Write an experiment's table into docs/results.md and its head into README.md, with commit and command."""
+"""Write an experiment's table into its block of docs/results.md, and the head of `results` into README.md."""
 
 import json
 import re
@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+README = "results"  # the experiment whose head the README shows
+# Of it: the methods as they come, at the larger ratio.
+SHOWN = re.compile(r"^\| *(method|-+|full|(?!.*(25 %|=)).*) *\|")
 
 
 def main(refs: Path) -> None:
@@ -16,19 +18,31 @@ def main(refs: Path) -> None:
     runs = document["runs"]
     commits = sorted({str(run["commit"])[:12] + (" (with changes)" if run["dirty"] else "") for run in runs})
     record = json.loads((refs / "table.json").resolve().with_suffix(".run.json").read_text())
+    name = refs.name
+    command = "make results" if name == README else f"espalier run {name}"
     made = (
-        f"Made by `make {refs.name}` at commit {', '.join(commits)} on {record['device']}, "
+        f"Made by `{command}` at commit {', '.join(commits)} on {record['device']}, "
         f"{record['start'][:10]}; torch {record['versions']['torch']}, transformers "
         f"{record['versions']['transformers']}, lm-eval {record['versions']['lm_eval']}."
     )
     _, _, body = text.partition("\n\n")
-    (ROOT / "docs/results.md").write_text(f"# Results\n\n{made}\n\n{body}")
-    head = re.split(r"\n## |\n- ", body)[0].strip()
-    readme = (ROOT / "README.md").read_text()
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    note = "Parameters in millions; all tasks, intervals and how to read them: [docs/results.md](docs/results.md)."
-    (ROOT / "README.md").write_text(f"{before}{BEGIN}\n{head}\n\n{note} {made}\n{END}{after}")
+    # The blocks lie under a heading of the second level.
+    body = re.sub(r"^## ", "### ", body.strip(), flags=re.M)
+    replace(ROOT / "docs/results.md", name, f"{made}\n\n{body}")
+    if name == README:
+        head = "\n".join(line for line in re.split(r"\n### |\n- ", body)[0].splitlines() if SHOWN.match(line))
+        note = "Parameters in millions; both ratios, all variants, tasks and intervals, and how to read them: "
+        replace(ROOT / "README.md", name, f"{head.strip()}\n\n{note}[docs/results.md](docs/results.md). {made}")
+
+
+def replace(path: Path, name: str, text: str) -> None:
+    """Put `text` between the marks of a block; what people wrote around it stays. SystemExit without the marks."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = path.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{path}: no block {begin} ... {end}. Add both marks where the table shall stand.")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":
