@@ -154,10 +154,10 @@ def test_killed_at_any_moment_and_run_again(source, uninterrupted, tmp_path):
     lines = int(lines)
     draw = random.Random(0)
     # Anywhere, and close to the end, where folders are renamed. Two threads do not count alike each time.
-    moments = [*draw.sample(range(lines // 2, lines), 8), lines // 4, lines - 100, lines - 40, lines - 20]
+    moments = [*draw.sample(range(lines // 2, lines), 16), lines // 4, lines - 100, lines - 40, lines - 20]
     out = tmp_path / "killed"
     ends = run_killed(source, tmp_path / "plan.json", out, moments)
-    assert sum(kind == signal.SIGKILL for kind, _ in ends) >= 8
+    assert sum(kind == signal.SIGKILL for kind, _ in ends) >= 16
     resumed = 0
     for number, (kind, _) in enumerate(ends):
         target = out / str(number)
