@@ -10,28 +10,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from espalier.card import card_text
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.layout import block_layout, source_layout
-from espalier.operations import Skip
 from espalier.partial import check_disk, code_version, resumable_directory
 from espalier.plan import Plan
 from espalier.plan_tensors import fingerprint
+from espalier.rewrite import rewrite_of
 from espalier.shards import ShardWriter, default_workers
-from espalier.surgery import Layouts, outputs
 
-if TYPE_CHECKING:
-    pass
-
-CODE = "modeling_espalier.py"
-CLASS = "EspalierForCausalLM"
-STOCK_IMPORT = "from transformers import MixtralForCausalLM as StockForCausalLM"
 # Weights in any form, and what apply writes itself.
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".tmp", ".index.json")
-OWN_FILES = ("config.json", "plan.json", "README.md", CODE)
+OWN_FILES = ("config.json", "plan.json", "README.md")
+CODE = ("modeling_espalier", "sparse_ffn.py")  # of a source that has been rewritten before
 TENSORS = "plan/tensors.safetensors"  # not beside the shards: vLLM takes every safetensors file there for weights
 
 Progress = Callable[[int, int], None]
@@ -62,17 +55,15 @@ def apply(
     """
     start = time.monotonic()
     checkpoint = Checkpoint(source)
-    shape = checkpoint.shape()
+    shape = checkpoint.any_shape()
     if out.resolve() == source.resolve():
         raise UserError(f"{out}: is the source itself. Choose another output directory.")
     plan = dataclasses.replace(plan.check(shape), counts=plan.parameter_counts(shape))
     before = Plan.load(source / "plan.json") if (source / "plan.json").exists() else None
     whole = before.then(plan) if before is not None else plan
-    layouts = _layouts(checkpoint, plan)
-    config = _config(checkpoint, layouts)
-    shipped = "espalier" in config
-    shards, tensors = outputs(checkpoint, layouts, plan.tensors)
-    writer = ShardWriter(shards)
+    rewrite = rewrite_of(checkpoint, plan)
+    shipped = bool(rewrite.code)
+    writer = ShardWriter(rewrite.shards)
     beside = side_files(source)
     check_disk(out, writer.nbytes + sum(path.stat().st_size for path in beside))
     identity = {
@@ -85,18 +76,18 @@ def apply(
         files = writer.write(directory, progress, workers or default_workers(), resume=True)
         for path in beside:
             shutil.copyfile(path, directory / path.name)
-        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (directory / "config.json").write_text(json.dumps(rewrite.config, indent=2, sort_keys=True) + "\n")
         whole.save(directory / "plan.json", TENSORS)
         (directory / "README.md").write_text(card_text(source, whole, card or {}, shipped))
-        if shipped:
-            (directory / CODE).write_text(_code(checkpoint.family.architecture))
+        for name, text in rewrite.code.items():
+            (directory / name).write_text(text)
         written = writer.check(directory).parameters
         if written != plan.counts["stored"]:
             raise RuntimeError(f"{directory}: {written} parameters on disk, plan: {plan.counts['stored']:.0f}")
         proof = _proof(checkpoint, directory, out, plan if before is not None else None) if prove else None
     return {
         "counts": plan.counts,
-        "tensors": tensors,
+        "tensors": rewrite.fates,
         "bytes": writer.nbytes,
         "shards": len(files),
         "loads_in": "transformers with trust_remote_code" if shipped else "stock transformers",
@@ -105,53 +96,12 @@ def apply(
     }
 
 
-def _layouts(checkpoint: Checkpoint, plan: Plan) -> Layouts:
-    settings = checkpoint.config.get("espalier", {}).get("layers", {})
-    if settings and not all(isinstance(o, Skip) for operations in plan.layers.values() for o in operations):
-        raise UserError(
-            f"{checkpoint.directory}: was merged with router=remap, skips experts or differs in experts by layer; only "
-            "skip can be added. Make one plan for the base model instead."
-        )
-    return {
-        layer: block_layout(layer, source_layout(experts, settings.get(str(layer))), plan.layers.get(layer, ()))
-        for layer, experts in checkpoint.expert_counts.items()
-    }
-
-
-def _config(checkpoint: Checkpoint, layouts: Layouts) -> dict[str, Any]:
-    """Return the new config.json; it has the key `espalier` when a stock model cannot stand for the result."""
-    family = checkpoint.family
-    experts = max(family.least_experts, *(len(block.slots) for block in layouts.values()))
-    config = family.resize(checkpoint.config, experts)
-    widths = {block.width for block in layouts.values()}
-    code = any(block.needs_code(experts) for block in layouts.values())
-    if widths != {None} and not code and not family.width_shared and len(widths) == 1:
-        config[family.width_key] = widths.pop()
-    elif widths != {None} or code:
-        renormalise = family.renormalise(config)
-        config["architectures"] = [CLASS]
-        config["auto_map"] = {"AutoModelForCausalLM": f"{CODE.removesuffix('.py')}.{CLASS}"}
-        config["espalier"] = {
-            "format": "espalier.blocks/1",
-            "module": family.module,
-            "router": family.router_module,
-            "layers": {str(layer): block.settings(renormalise) for layer, block in layouts.items()},
-        }
-    return config
-
-
-def _code(architecture: str) -> str:
-    """Return the modelling file to ship, with the stock class it derives from."""
-    text = (Path(__file__).parent / CODE).read_text()
-    return text.replace(STOCK_IMPORT, STOCK_IMPORT.replace("MixtralForCausalLM", architecture))
-
-
 def side_files(source: Path) -> list[Path]:
     """Return the tokenizer, generation config, licence and other small files that go along unchanged."""
     return [
         path
         for path in sorted(source.iterdir())
-        if path.is_file() and path.name not in OWN_FILES and not path.name.startswith(".")
+        if path.is_file() and path.name not in OWN_FILES and not path.name.startswith((".", *CODE))
         and not path.name.endswith(NOT_COPIED)
     ]  # fmt: skip
 

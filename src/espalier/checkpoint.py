@@ -11,11 +11,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from espalier import dense_families
+from espalier.dense_families import DenseFamily, dense_family_of
 from espalier.dtypes import ITEM_BYTES, ITEM_NUMBERS, TORCH_NAMES, not_finite, only_stored, torch_shape
 from espalier.errors import UserError
 from espalier.families import Family, family_of, predicts_ahead
 from espalier.quantised import refuse_quantised
-from espalier.shape import ModelShape
+from espalier.shape import DenseShape, ModelShape
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +72,16 @@ class Checkpoint:
     def family(self) -> Family:
         """The model's family; UserError for a dense or unknown model."""
         return family_of(self.config)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a model of a dense family."""
+        return self.config.get("model_type") in dense_families.names()
+
+    @cached_property
+    def dense_family(self) -> DenseFamily:
+        """The model's dense family; UserError for one with experts or an unknown model."""
+        return dense_family_of(self.config)
 
     @cached_property
     def expert_counts(self) -> dict[int, int]:
@@ -243,6 +255,43 @@ class Checkpoint:
             router=family.router_kind(self.config),
             idle_parameters=self.idle_parameters,
             neuron_parameters=narrowable // width,
+        )
+
+    def any_shape(self) -> ModelShape | DenseShape:
+        """Return the sizes of either kind of model."""
+        return self.dense_shape() if self.is_dense else self.shape()
+
+    def dense_shape(self) -> DenseShape:
+        """Return the sizes of a dense model, of config.json and checked against the tensors.
+
+        UserError for a model with experts or of an unknown family, or when config.json disagrees with the tensors.
+        """
+        refuse_quantised(self.directory, self.config)
+        family, where = self.dense_family, f"{self.directory / 'config.json'}"
+        for key in ("hidden_size", family.width_key, "num_hidden_layers"):
+            if self.config.get(key) is None:
+                raise UserError(f"{where}: key {key!r} is missing. Download config.json again.")
+        self._check_layers(where)
+        hidden, width = int(self.config["hidden_size"]), int(self.config[family.width_key])
+        split = self.config.get("espalier", {}).get("layers", {})
+        parameters = 0
+        for layer in range(int(self.config["num_hidden_layers"])):
+            stored = sum(split[str(layer)]["segments"]) if str(layer) in split else width
+            parameters = 0
+            for role, name in family.tensors(layer).items():
+                entry = self._entry(f"{name}.weight")
+                meant = (hidden, stored) if role == "down" else (stored, hidden)
+                if entry.shape != meant:
+                    raise _disagreement(where, f"{family.width_key}={width}", f"{name}.weight", entry)
+                parameters += hidden + (role != "down" and f"{name}.bias" in self.entries)
+        return DenseShape(
+            family=family.model_type,
+            layers=tuple(range(int(self.config["num_hidden_layers"]))),
+            hidden=hidden,
+            width=width,
+            gated=family.gate is not None,
+            neuron_parameters=parameters,
+            total_parameters=self.parameters,
         )
 
     def _check_layers(self, where: str) -> None:

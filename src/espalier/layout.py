@@ -114,8 +114,10 @@ def block_layout(layer: int, source: BlockLayout, operations: Sequence[Operation
         elif isinstance(operation, Narrow):
             slots = tuple(replace(slot, kept=(operation.neurons, e)) for e, slot in enumerate(block.slots))
             block = replace(block, slots=slots, width=operation.width)
-        else:
+        elif isinstance(operation, Merge):
             block = _merged(layer, block, operation)
+        else:
+            raise UserError(f"plan, layer {layer}: {operation.op} is for the FFN of a dense model.")
     return block
 
 

@@ -1,4 +1,4 @@
-"""The operations of a plan: what may be done to one MoE block; imports no torch.
+"""The operations of a plan on one MoE block; imports no torch. Those on a dense FFN: `espalier.split`.
 
 Shapes: E experts, D hidden, F expert width. Expert ids are those of the block that the operation finds.
 An operation that needs more than a few numbers names tensors of the plan (`espalier.plan_tensors`).
@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from espalier.errors import UserError, nearest
 from espalier.shape import ModelShape
+from espalier.split import Split, Threshold
 
 ROUTERS = ("remap", "slice", "tie")
 SKIP_RULES = {"ratio": "beta", "tail": "beta", "top_p": "p", "fixed_k": "k"}  # with the number that each takes
@@ -259,5 +260,9 @@ def protected_tokens(fraction: float, tokens: int) -> int:
     return math.ceil(fraction * tokens - 1e-9) if tokens > 1 else 0
 
 
-Operation = Keep | Merge | Constant | Narrow | Skip
-OPERATIONS: dict[str, type[Operation]] = {cls.op: cls for cls in (Keep, Merge, Constant, Narrow, Skip)}
+BlockOperation = Keep | Merge | Constant | Narrow | Skip  # on a MoE block
+FFNOperation = Split | Threshold  # on the FFN of a dense layer
+Operation = BlockOperation | FFNOperation
+OPERATIONS: dict[str, type[Operation]] = {
+    cls.op: cls for cls in (Keep, Merge, Constant, Narrow, Skip, Split, Threshold)
+}

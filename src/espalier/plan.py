@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import UserError, nearest
-from espalier.operations import OPERATIONS, Constant, Keep, Merge, Narrow, Operation, Skip
+from espalier.operations import OPERATIONS, Constant, FFNOperation, Keep, Merge, Narrow, Operation, Skip
 from espalier.plan_tensors import PlanTensor, load_tensors, save_tensors
-from espalier.shape import ModelShape
+from espalier.shape import DenseShape, ModelShape
+from espalier.split import Split, Threshold
 from espalier.store import read_json, write_json
 
 FORMAT = "espalier.plan/1"
@@ -25,15 +26,17 @@ class Plan:
     counts: dict[str, float] = field(default_factory=dict)  # stored, unique, active: filled by the stage
     tensors: Mapping[str, PlanTensor] = field(default_factory=dict)  # those that operations name
 
-    def check(self, shape: ModelShape) -> "Plan":
+    def check(self, shape: ModelShape | DenseShape) -> "Plan":
         """Return self; UserError when an operation does not fit the model, or a tensor that it names the operation."""
         for layer, operations in self.layers.items():
             if layer not in shape.layers:
-                raise UserError(f"plan: layer {layer} has no MoE block; layers with one: {list(shape.layers)}.")
+                what = "FFN" if isinstance(shape, DenseShape) else "MoE block"
+                raise UserError(f"plan: layer {layer} has no {what}; layers with one: {list(shape.layers)}.")
             current = shape
             for operation in operations:
-                operation.check(layer, current)
-                for name, (dtype, expected) in operation.tensors(current).items():
+                _check_kind(layer, operation, current)
+                operation.check(layer, current)  # type: ignore[arg-type]
+                for name, (dtype, expected) in operation.tensors(current).items():  # type: ignore[arg-type]
                     found = self.tensors.get(name)
                     if found is None or (found.dtype, found.shape) != (dtype, expected):
                         what = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
@@ -56,11 +59,13 @@ class Plan:
                 experts -= len(operation.experts)
         return experts
 
-    def parameter_counts(self, shape: ModelShape) -> dict[str, float]:
+    def parameter_counts(self, shape: ModelShape | DenseShape) -> dict[str, float]:
         """Return `stored` and `unique` parameters after the plan, and the most that one token uses (`active`).
 
         `score` measures the true `active`, which skipping and de-duplication lower.
         """
+        if isinstance(shape, DenseShape):
+            return self._dense_counts(shape)
         stored = unique = float(shape.total_parameters)
         active = shape.active_parameters()
         for operations in self.layers.values():
@@ -94,6 +99,16 @@ class Plan:
             stored -= (shape.experts - files) * shape.expert_parameters
         return {"stored": stored, "unique": unique, "active": active}
 
+    def _dense_counts(self, shape: DenseShape) -> dict[str, float]:
+        stored = active = float(shape.total_parameters)
+        for operations in self.layers.values():
+            for operation in operations:
+                if isinstance(operation, Split):
+                    router = operation.router_parameters(shape.hidden)
+                    stored += router - (shape.width - operation.width) * shape.neuron_parameters
+                    active += router - (shape.width - operation.widest) * shape.neuron_parameters
+        return {"stored": stored, "unique": stored, "active": active}
+
     def then(self, later: "Plan") -> "Plan":
         """Return the plan that does `self`, then `later`, which was made for the model that `self` leaves.
 
@@ -114,7 +129,7 @@ class Plan:
             raise UserError(f"plan: both steps name a tensor {clash[0]!r}. Make one plan for the base model instead.")
         return Plan(method, layers, evidence, self.model, later.counts, dict(self.tensors) | dict(later.tensors))
 
-    def identified(self, model: dict[str, Any], shape: ModelShape) -> "Plan":
+    def identified(self, model: dict[str, Any], shape: ModelShape | DenseShape) -> "Plan":
         """Return the plan with the `model` it is for (id, revision, family) and its parameter counts."""
         return replace(self, model=model, counts=self.parameter_counts(shape))
 
@@ -160,7 +175,7 @@ class Plan:
 
 
 def _compose(layer: int, done: list[Operation], operation: Operation) -> list[Operation]:
-    if isinstance(operation, Skip) or not done:
+    if isinstance(operation, Skip | Threshold) or not done:
         return [*done, operation]
     if isinstance(operation, Keep) and isinstance(done[-1], Keep):
         return [*done[:-1], Keep(tuple(done[-1].experts[e] for e in operation.experts))]
@@ -169,8 +184,18 @@ def _compose(layer: int, done: list[Operation], operation: Operation) -> list[Op
     )
 
 
-def _after(operation: Operation, shape: ModelShape) -> ModelShape:
+def _check_kind(layer: int, operation: Operation, shape: ModelShape | DenseShape) -> None:
+    """Raise UserError for an operation on experts where there are none."""
+    if isinstance(shape, DenseShape) and not isinstance(operation, FFNOperation):
+        raise UserError(
+            f"plan, layer {layer}: {operation.op} is for Mixture-of-Experts models; family {shape.family} is dense."
+        )
+
+
+def _after(operation: Operation, shape: ModelShape | DenseShape) -> ModelShape | DenseShape:
     """Return what the next operation finds."""
+    if isinstance(shape, DenseShape):
+        return shape
     if isinstance(operation, Keep):
         return replace(shape, experts=len(operation.experts))
     if isinstance(operation, Merge) and operation.router != "tie":

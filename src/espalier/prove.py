@@ -15,6 +15,7 @@ import torch
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
 from espalier.families import Family
+from espalier.live_split import LiveSplit, change_ffn, live_split
 from espalier.plan import Plan
 from espalier.runtime import change_block, live, load_with_info, moe_blocks, skeleton
 from espalier.stream import Batch, StreamedModel
@@ -40,9 +41,13 @@ def prove(source: Path, out: Path, plan: Plan, streamed: bool = False) -> dict[s
     checkpoint = Checkpoint(source)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, int(checkpoint.config["vocab_size"]), (ROWS, LENGTH), generator=generator)
-    planned, run = (_planned_streamed, _run_streamed) if streamed else (_planned, _run)
-    expected, choices, before = planned(source, plan, checkpoint.family, ids)
-    decided = torch.stack(choices).all(dim=0).reshape(ROWS, LENGTH).all(dim=1)
+    run = _run_streamed if streamed else _run
+    if checkpoint.is_dense:
+        expected, choices, before = _planned_dense(checkpoint, plan, ids, streamed)
+    else:
+        planned = _planned_streamed if streamed else _planned
+        expected, choices, before = planned(source, plan, checkpoint.family, ids)
+    decided = torch.stack(choices).all(dim=0).reshape(ROWS, LENGTH).all(dim=1) if choices else torch.ones(ROWS).bool()
     gc.collect()
     found, loading = run(out, ids)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -96,6 +101,41 @@ def _planned_streamed(
     choices = _watch_choices(model.model, family)
     logits, loading = _stream(model, ids)
     return logits, choices, loading
+
+
+def _planned_dense(
+    checkpoint: Checkpoint, plan: Plan, ids: torch.Tensor, streamed: bool
+) -> tuple[torch.Tensor, list[torch.Tensor], Loading]:
+    """Return what the others do for a dense model, with what its tokens run instead of its routers' choices."""
+    source, family = checkpoint.directory, checkpoint.dense_family
+    if "espalier" in checkpoint.config:
+        thresholds = {layer: operations[-1].value for layer, operations in plan.layers.items()}  # type: ignore[union-attr]
+
+        def set_threshold(layer: int, module: Any) -> None:
+            if layer in thresholds:
+                getattr(module, family.module).router.threshold = thresholds[layer]
+
+        if streamed:
+            model = StreamedModel(source, torch.float32, prefetch=False, prepare=set_threshold)
+            logits, loading = _stream(model, ids)
+            return logits, [], loading
+        loaded, loading = load_with_info(source)
+        for layer, module in enumerate(loaded.model.layers):
+            set_threshold(layer, module)
+        return _logits(loaded.float(), ids), [], loading
+    lives: list[LiveSplit] = []
+    if streamed:
+
+        def change(layer: int, module: Any) -> None:
+            if layer in plan.layers:
+                lives.append(change_ffn(getattr(module, family.module), plan.layers[layer], family, plan.tensors))
+
+        logits, loading = _stream(StreamedModel(source, torch.float32, prefetch=False, prepare=change), ids)
+    else:
+        loaded, loading = load_with_info(source)
+        lives = live_split(loaded, plan, family)
+        logits = _logits(loaded.float(), ids)
+    return logits, [torch.tensor(live.decided) for live in lives], loading
 
 
 def _run(out: Path, ids: torch.Tensor) -> tuple[torch.Tensor, Loading]:

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+DENSE = "dense"
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -52,3 +54,35 @@ class ModelShape:
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> "ModelShape":
         return cls(**(document | {"layers": tuple(document["layers"])}))
+
+
+@dataclass(frozen=True)
+class DenseShape:
+    """Sizes of a dense decoder, whose layers all hold one feed-forward network (FFN).
+
+    `neuron_parameters` are what each of the F neurons adds to an FFN (weights and the up projection's bias),
+    `total_parameters` every tensor of the checkpoint once (tied embeddings once).
+    """
+
+    family: str
+    layers: tuple[int, ...]
+    hidden: int  # D
+    width: int  # F
+    gated: bool
+    neuron_parameters: int
+    total_parameters: int
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self) | {"layers": list(self.layers), "kind": DENSE}
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> "DenseShape":
+        own = {key: value for key, value in document.items() if key != "kind"}
+        return cls(**(own | {"layers": tuple(document["layers"])}))
+
+
+def shape_from_document(document: dict[str, Any]) -> ModelShape | DenseShape:
+    """Return the shape that `document` of either class describes."""
+    if document.get("kind") == DENSE:
+        return DenseShape.from_document(document)
+    return ModelShape.from_document(document)

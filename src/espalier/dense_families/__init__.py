@@ -1,0 +1,61 @@
+"""Dense model families: names of FFN and attention tensors on disk and in live models; imports no torch."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from espalier.errors import UserError
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DenseFamily:
+    """Where the feed-forward network (FFN) and the attention of a decoder layer lie, of one `model_type`.
+
+    Names of tensors on disk are `model.layers.{layer}.{module}.{name}.weight` (and `.bias`), those of a live model
+    `....layers[layer].{module}.{name}`. Of F neurons a gated FFN computes down(act(gate x) * up x), one without a gate
+    down(act(up x)).
+    """
+
+    model_type: str
+    architecture: str  # the stock class in transformers
+    gate: str | None = "gate_proj"  # [F, D]
+    up: str = "up_proj"  # [F, D]
+    down: str = "down_proj"  # [D, F]
+    activation: str = "act_fn"  # attribute of the live FFN
+    module: str = "mlp"
+    width_key: str = "intermediate_size"
+
+    def tensors(self, layer: int) -> dict[str, str]:
+        """Names on disk, without `.weight`, of the FFN's projections: `gate` (unless there is none), `up`, `down`."""
+        prefix = f"model.layers.{layer}.{self.module}."
+        own = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {role: prefix + name for role, name in own.items() if name is not None}
+
+    def router_tensor(self, layer: int, role: str) -> str:
+        """Name on disk of a router's tensor, which a checkpoint's own modelling code reads."""
+        return f"model.layers.{layer}.{self.module}.router.{role}"
+
+    @property
+    def modules(self) -> dict[str, str | None]:
+        """Attributes of the live FFN, for the shipped modelling code."""
+        return {"gate": self.gate, "up": self.up, "down": self.down, "activation": self.activation}
+
+
+def names() -> list[str]:
+    """Model types that have a file here."""
+    return sorted(module.name for module in iter_modules(__path__))
+
+
+def dense_family_of(config: Config) -> DenseFamily:
+    """Return the family of a config.json; UserError for one that is not known, with what to do."""
+    model_type = str(config.get("model_type"))
+    if model_type in names():
+        family: DenseFamily = import_module(f"{__name__}.{model_type}").FAMILY
+        return family
+    raise UserError(
+        f"config.json: model_type={model_type!r} is no dense family that Espalier can split; known: "
+        f"{', '.join(names())}. Add src/espalier/dense_families/{model_type}.py with the names of its FFN."
+    )
