@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from espalier.apply import apply
-from espalier.checkpoint import INDEX, Checkpoint, read_header
+from espalier.checkpoint import INDEX, Checkpoint
 from espalier.errors import UserError
 from espalier.operations import Keep
 from espalier.plan import Plan
 from espalier.shards import OutputTensor, ShardWriter
+from espalier.tensor_files import read_header
 from example_plans import example_plan
 from tiny import FAMILIES, ONE_EXPERT, save_tiny
 

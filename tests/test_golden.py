@@ -90,7 +90,7 @@ def learnt(work):
 
 def plans(work):
     from espalier import conf
-    from espalier.methods import build, fit_of, make_plan
+    from espalier.methods import build, fit_of, is_for_dense, make_plan
     from tiny import save_tiny
 
     stats, checkpoint = statistics(work)
@@ -100,11 +100,38 @@ def plans(work):
         if name != "none":
             config = conf.load("method", name)
             method = build(config | (RATIO if "ratio" in config else {}))
+            if is_for_dense(method):
+                found[name] = split_plan_of(method, work)
+                continue
             base = before if "base" in config else None
             evidence = stats if fit_of(method) is None else fitted(work, fit_of(method))[0]
             plan = make_plan(method, evidence, checkpoint.shape(), source(work), base)
             found[name] = plan.document()["layers"]
     return json.loads(json.dumps(found))
+
+
+def split_plan_of(method, work):
+    """What a method for dense models makes of a tiny one: operations, and sums of the tensors that they name."""
+    from dense_models import save_dense
+    from espalier.checkpoint import Checkpoint
+    from espalier.methods import make_plan
+
+    directory = work / "dense"
+    if not directory.exists():
+        save_dense("llama", directory, intermediate_size=64)
+    method = replace(method, **({"blocks": 4} if hasattr(method, "blocks") and method.blocks > 16 else {}))
+    shape = Checkpoint(directory).dense_shape()
+    plan = make_plan(method, dense_statistics(directory, method.probes), shape, directory)
+    sums = {key: [float(np.sum(t.read())), round(float(np.sum(t.read() ** 2.0)), 3)] for key, t in plan.tensors.items()}
+    return {"layers": plan.document()["layers"], "tensors": sums}
+
+
+def dense_statistics(directory, probes):
+    from espalier.collect import collect_checkpoint
+    from espalier.running import Running
+
+    running = Running.of(device="cpu", stream="never")
+    return collect_checkpoint(directory, "float32", running, words(), None, probes)
 
 
 def applied(work):

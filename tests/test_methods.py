@@ -9,26 +9,28 @@ import pytest
 import yaml
 
 from espalier.errors import UserError
-from espalier.methods import build
+from espalier.methods import build, is_for_dense
 from espalier.methods.ranking import keep_best
 from espalier.operations import Constant, Keep, Merge, Narrow, Skip
 from espalier.plan import Plan
 from stats_factory import Block, PlainExperts, make_blocks, make_shape, observe, permuted, random_stats
 
 FILES = sorted((Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
-CONFIGS = {path.stem: config for path in FILES if "_target_" in (config := yaml.safe_load(path.read_text()))}
+EVERY = {path.stem: config for path in FILES if "_target_" in (config := yaml.safe_load(path.read_text()))}
+CONFIGS = {name: config for name, config in EVERY.items() if not is_for_dense(build(config))}
 DRAWN = [name for name, config in CONFIGS.items() if "seed" in config and name != "diep"]  # whose seed is its fit's
 SIZED = [name for name, config in CONFIGS.items() if "ratio" in config]
 WHOLE = [name for name in SIZED if name not in ("mone", "camera_p")]  # remove experts, router rows or both
 GLOBAL = ("stun", "m_smoe", "sub_moe", "diep")  # decide over several layers, which so keep different numbers
 SCORES = ["frequency", "soft_count", "ean", "reap"]
 
+every_file = pytest.mark.parametrize("name", EVERY)
 every_method = pytest.mark.parametrize("name", CONFIGS)
 every_whole_method = pytest.mark.parametrize("name", WHOLE)
 
 
 def make(name, **keys):
-    return build(CONFIGS[name] | keys)
+    return build(EVERY[name] | keys)
 
 
 def base_of(blocks):
@@ -53,9 +55,9 @@ def experts_left(plan, layer, shape):
     return plan.experts_after(layer, shape)
 
 
-@every_method
+@every_file
 def test_yaml_names_itself_and_its_defaults_are_the_class_defaults(name):
-    config = CONFIGS[name]
+    config = EVERY[name]
     assert config["name"] == name
     assert config["_target_"].startswith(f"espalier.methods.{name}.")
     method = build(config)
@@ -65,14 +67,14 @@ def test_yaml_names_itself_and_its_defaults_are_the_class_defaults(name):
         assert default is MISSING or config[key] == default
 
 
-@every_method
+@every_file
 def test_yaml_explains_every_key(name):
     lines = next(path for path in FILES if path.stem == name).read_text().splitlines()
     assert lines[0].startswith("# ")
     assert all("  # " in line for line in lines if not line.startswith(("#", "_target_", "name")))
 
 
-@every_method
+@every_file
 def test_unknown_key_is_refused_with_its_file_and_the_known_keys(name):
     with pytest.raises(UserError, match=rf"conf/method/{name}.yaml: unknown key 'rations'; .*known: ") as error:
         make(name, rations=1)

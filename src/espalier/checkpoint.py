@@ -1,45 +1,27 @@
 """Hugging Face checkpoint directories, read lazily from their safetensors headers."""
 
-import io
 import json
 import re
-import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import count
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier import dense_families
 from espalier.dense_families import DenseFamily, dense_family_of
-from espalier.dtypes import ITEM_BYTES, ITEM_NUMBERS, TORCH_NAMES, not_finite, only_stored, torch_shape
+from espalier.dtypes import ITEM_NUMBERS, TORCH_NAMES, not_finite, only_stored, torch_shape
 from espalier.errors import UserError
 from espalier.families import Family, family_of, predicts_ahead
 from espalier.quantised import refuse_quantised
 from espalier.shape import DenseShape, ModelShape
+from espalier.tensor_files import TensorEntry, fill, read_header, unreadable
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies: its shard's name, the safetensors dtype (`BF16`), its shape, bytes and place in the file."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
 
 
 class Checkpoint:
@@ -155,9 +137,9 @@ class Checkpoint:
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(entry.offset)
-                _fill(file, raw.numpy().data)
+                fill(file, raw.numpy().data)
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
 
     def _check_finite(self, name: str, tensor: "torch.Tensor") -> None:
         bad = not_finite(tensor) if tensor.is_floating_point() and tensor.numel() else 0
@@ -374,69 +356,7 @@ def _shards(directory: Path) -> list[str]:
     )
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of one safetensors file in the order of their bytes.
-
-    UserError when the file cannot be read, is cut short, holds more than its header says, is no safetensors file,
-    or has a dtype that torch has not.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            raw = file.read(length) if 2 <= length <= MAX_HEADER_BYTES else b""
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if start.startswith(b"version "):
-        raise UserError(f"{path}: a Git LFS pointer, not the weights. Run `git lfs pull` in {path.parent}.")
-    if not 2 <= length <= MAX_HEADER_BYTES:
-        raise UserError(f"{path}: not a safetensors file or a truncated shard ({size} bytes). Download it again.")
-    if len(raw) < length:
-        raise UserError(f"{path}: truncated shard, {size} bytes of at least {8 + length}. Download it again.")
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        spans = sorted((*values["data_offsets"], name) for name, values in header.items())
-        entries = {
-            name: TensorEntry(
-                path.name, header[name]["dtype"], tuple(header[name]["shape"]), stop - start, 8 + length + start
-            )
-            for start, stop, name in spans
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a safetensors header ({error!r}). Download it again.") from None
-    for name, entry in entries.items():
-        if entry.dtype not in ITEM_BYTES:
-            raise UserError(f"{path}: tensor {name} has dtype {entry.dtype}, which is quantised. Dequantise the model.")
-        meant = prod(torch_shape(entry.dtype, entry.shape)) * ITEM_BYTES[entry.dtype]
-        if entry.nbytes != meant:
-            raise UserError(
-                f"{path}: tensor {name} has {entry.nbytes} bytes, but {entry.dtype} {list(entry.shape)} means {meant}. "
-                "Download it again."
-            )
-    expected = 8 + length + max((stop for _, stop, _ in spans), default=0)
-    if size != expected:
-        what = "truncated shard" if size < expected else "longer than its header says"
-        raise UserError(f"{path}: {what}, {size} bytes instead of {expected}. Download it again.")
-    return entries
-
-
 def _disagreement(where: str, said: str, name: str, entry: TensorEntry) -> UserError:
     return UserError(
         f"{where}: says {said}, but tensor {name} in {entry.file} is {list(entry.shape)}. Download the model again."
     )
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror or error}). Make it readable or download it again.")
-
-
-def _fill(file: io.FileIO, view: memoryview) -> None:
-    """Read until `view` is full: one call reads at most 2 GB."""
-    done = 0
-    while done < len(view):
-        read = file.readinto(view[done:])
-        if not read:
-            raise UserError(f"{file.name}: truncated while it was read. Download it again.")
-        done += read

@@ -10,28 +10,31 @@ import numpy as np
 import torch
 
 from espalier.checkpoint import Checkpoint
+from espalier.dense_families import DenseFamily
 from espalier.errors import UserError, nearest
 from espalier.families import Family
 from espalier.observe import BlockObserver, BlockTrace, observe
-from espalier.probes import PROBES, Probe
+from espalier.observe_ffn import FFNObserver, FFNTrace, observe_ffns
+from espalier.probes import DENSE_PROBES, PROBES, DenseProbe, Probe
 from espalier.resume import CollectState
 from espalier.running import Running
 from espalier.runtime import decoder, load
-from espalier.shape import ModelShape
+from espalier.shape import DenseShape, ModelShape
 from espalier.stats import Array, Stats
 from espalier.stream import Batch, StreamedModel
 
 Progress = Callable[[int, int], None]
 Shard = tuple[int, int]  # number from 0, of how many
 Results = dict[tuple[str, int], dict[str, Array]]
+Observers = list[BlockObserver] | list[FFNObserver]
 
 WHOLE: Shard = (0, 1)
 
 
 def collect(
     model: Any,
-    shape: ModelShape,
-    family: Family,
+    shape: ModelShape | DenseShape,
+    family: Family | DenseFamily,
     input_ids: Any,
     attention_mask: Any,
     probes: Sequence[str],
@@ -74,8 +77,8 @@ def collect(
 
 def collect_streamed(
     model: StreamedModel,
-    shape: ModelShape,
-    family: Family,
+    shape: ModelShape | DenseShape,
+    family: Family | DenseFamily,
     input_ids: Any,
     attention_mask: Any,
     probes: Sequence[str],
@@ -142,7 +145,8 @@ def collect_checkpoint(
     continues from it; the caller removes it when the result is safe.
     """
     checkpoint = Checkpoint(directory)
-    shape, family = checkpoint.shape(), checkpoint.family
+    shape = checkpoint.any_shape()
+    family = checkpoint.dense_family if checkpoint.is_dense else checkpoint.family
     device, batch_size = running.torch_device(), running.collect_batch_size
     if not running.streams(checkpoint, dtype):
         model = load(directory, dtype, device)
@@ -192,16 +196,17 @@ class Observation:
 
     def __init__(
         self,
-        shape: ModelShape,
+        shape: ModelShape | DenseShape,
         input_ids: Any,
         attention_mask: Any,
         probes: Sequence[str],
         batch_size: int,
         shard: Shard,
     ) -> None:
+        known = DENSE_PROBES if isinstance(shape, DenseShape) else PROBES
         for name in probes:
-            if name not in PROBES:
-                raise UserError(f"probe {name!r} is unknown; {nearest(name, list(PROBES))}.")
+            if name not in known:
+                raise UserError(f"probe {name!r} is unknown; {nearest(name, list(known))}.")
         ids = torch.as_tensor(input_ids)
         mask = torch.ones_like(ids, dtype=torch.bool)
         if attention_mask is not None:
@@ -222,20 +227,35 @@ class Observation:
         self.batches = [Batch.of(*part) for part in parts]
         self._rows = [part.flatten().nonzero()[:, 0] for _, part in parts]
         self._first = np.cumsum([sum(every[:start]), *map(len, self._rows)]).tolist()
-        self._names = [name for name in PROBES if name in probes]
+        self._names = [name for name in known if name in probes]
         self._probes: dict[int, dict[str, Probe]] = {}
+        self._dense_probes: dict[int, dict[str, DenseProbe]] = {}
 
-    def observe(self, model: Any, family: Family) -> contextlib.AbstractContextManager[list[BlockObserver]]:
-        """Observe the model's MoE blocks, with attention where a probe looks at it."""
+    def observe(self, model: Any, family: Family | DenseFamily) -> contextlib.AbstractContextManager[Observers]:
+        """Observe the model's MoE blocks, with attention where a probe looks at it, or its FFNs."""
+        if isinstance(family, DenseFamily):
+            return observe_ffns(model, self.shape.layers, family, self.consume_ffn)
         attention = any(getattr(PROBES[name], "attention", False) for name in self._names)
         return observe(model, self.shape.layers, family, self.consume, attention)
 
-    def expect(self, observer: BlockObserver, number: int) -> None:
+    def expect(self, observer: BlockObserver | FFNObserver, number: int) -> None:
         """Prepare an observer for the batch `number`."""
         observer.expect(self._rows[number], self._first[number])
 
+    def consume_ffn(self, trace: FFNTrace) -> None:
+        """Feed the probes of the trace's layer."""
+        assert isinstance(self.shape, DenseShape)
+        if trace.layer not in self._dense_probes:
+            own = {name: DENSE_PROBES[name](self.shape, self._tokens) for name in self._names}
+            self._dense_probes[trace.layer] = own
+        if not torch.isfinite(trace.inner).all():
+            raise _not_finite(trace.layer, "activations of its FFN", trace.hidden)
+        for probe in self._dense_probes[trace.layer].values():
+            probe.update(trace)
+
     def consume(self, trace: BlockTrace) -> None:
         """Feed the probes of the trace's layer."""
+        assert isinstance(self.shape, ModelShape)
         if trace.layer not in self._probes:
             self._probes[trace.layer] = {name: PROBES[name](self.shape, self._tokens) for name in self._names}
         probes = self._probes[trace.layer]
@@ -245,17 +265,19 @@ class Observation:
             for probe in probes.values():
                 probe.update(part)
 
-    def check_calls(self, observer: BlockObserver) -> None:
+    def check_calls(self, observer: BlockObserver | FFNObserver) -> None:
         """Raise UserError when the block did not run once a batch."""
         if observer.calls != len(self.batches):
+            what = "FFN" if isinstance(observer, FFNObserver) else "MoE block"
             raise UserError(
-                f"model, layer {observer.layer}: its MoE block ran {observer.calls} times in {len(self.batches)} "
+                f"model, layer {observer.layer}: its {what} ran {observer.calls} times in {len(self.batches)} "
                 "forward passes, so it cannot be observed. Use a stock class of transformers."
             )
 
     def finish(self, layer: int) -> Results:
         """Return the results of a layer's probes and forget them; UserError when they are not finite."""
-        results = {(name, layer): probe.result() for name, probe in self._probes.pop(layer).items()}
+        probes = self._dense_probes.pop(layer) if layer in self._dense_probes else self._probes.pop(layer)
+        results = {(name, layer): probe.result() for name, probe in probes.items()}
         for (name, _), result in results.items():
             for key, array in result.items():
                 if not np.isfinite(array).all():
@@ -317,7 +339,11 @@ def _check_trace(trace: BlockTrace, shape: ModelShape, probes: dict[str, Probe])
             )
     finite = torch.isfinite(trace.logits).all() & torch.isfinite(trace.routed).all()
     if not finite:
-        raise UserError(
-            f"model, layer {trace.layer}: router logits or expert outputs are not finite on calibration tokens "
-            f"(dtype {str(trace.hidden.dtype).removeprefix('torch.')}). Load the model with dtype=float32 or bfloat16."
-        )
+        raise _not_finite(trace.layer, "router logits or expert outputs", trace.hidden)
+
+
+def _not_finite(layer: int, what: str, hidden: torch.Tensor) -> UserError:
+    return UserError(
+        f"model, layer {layer}: {what} are not finite on calibration tokens "
+        f"(dtype {str(hidden.dtype).removeprefix('torch.')}). Load the model with dtype=float32 or bfloat16."
+    )

@@ -9,7 +9,6 @@ from espalier import conf, methods, sources
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
 from espalier.labels import row_label
-from espalier.shape import ModelShape
 from espalier.store import Node, Store, canonical, content_hash, digest, write_json
 from espalier.sweep import Composer, Config, Point, points
 from espalier.tune_settings import Tuning
@@ -87,7 +86,7 @@ class _Builder:
         self._model_revision = cache(lambda id, revision: sources.revision_of(id, revision, store.root))
         self._task_revision = cache(sources.task_revision)
         self._calibration_revision: dict[str, str | None] = {}
-        self._shapes: dict[tuple[str, str | None], ModelShape | None] = {}
+        self._shapes: dict[tuple[str, str | None], methods.Shape | None] = {}
 
     def add(self, node: Node) -> str:
         self.nodes.setdefault(node.id, node)
@@ -116,7 +115,8 @@ class _Builder:
                 if fitting is not None:
                     learnt = {"fit": fitting.document(), "dtype": model["dtype"]}
                     parents.append(self.add(Node("fit", learnt, (weights, tokens), fitting.name)))
-                self.usage.append(self._probe("usage", fetch, tokens, model, shards))
+                if not methods.is_for_dense(method):
+                    self.usage.append(self._probe("usage", fetch, tokens, model, shards))
             base = methods.base_of(method)
             if base is not None:
                 parents.append(self.add(Node("fetch", self._fetch(sources.model_config(base)), label=base)))
@@ -158,7 +158,7 @@ class _Builder:
         key = (str(model["id"]), model.get("revision"))
         if key not in self._shapes:
             directory = sources.present(*key, self.store.root)
-            self._shapes[key] = None if directory is None else Checkpoint(directory).shape()
+            self._shapes[key] = None if directory is None else Checkpoint(directory).any_shape()
         shape = self._shapes[key]
         if shape is not None:
             methods.check(method, shape, sources.calibration_tokens(calibration))

@@ -19,7 +19,6 @@ from espalier.partial import check_disk, code_version, refuse_existing, resumabl
 from espalier.plan import Plan
 from espalier.progress import Progress
 from espalier.running import Running
-from espalier.shape import ModelShape
 from espalier.stats import Stats
 from espalier.store import read_json, write_json
 
@@ -39,7 +38,7 @@ class Step:
     def name(self) -> str:
         return str(self.config["name"])
 
-    def check(self, shape: ModelShape) -> None:
+    def check(self, shape: methods.Shape) -> None:
         """Raise UserError when the method does not fit the model, before any weight is read."""
         methods.check(self.method, shape, None)
 
@@ -86,7 +85,7 @@ def compress(
     model_config = sources.model_config(str(model))
     id, started = str(model_config["id"]), time.monotonic()
     source = sources.resolve(id, model_config.get("revision"), results, lambda line: tell(line, 0, 0))
-    shape = Checkpoint(source).shape()
+    shape = Checkpoint(source).any_shape()
     for step in steps:
         step.check(shape)
     steps = [_with_base(step, results, tell) for step in steps]
@@ -233,7 +232,7 @@ class _Run:
         return reports
 
     def _plan(self, step: Step, source: Path, name: Path) -> Plan:
-        kept, shape = name.with_suffix(".plan.json"), Checkpoint(source).shape()
+        kept, shape = name.with_suffix(".plan.json"), Checkpoint(source).any_shape()
         if kept.exists():
             return Plan.load(kept)
         if methods.is_sequential(step.method):
@@ -275,7 +274,7 @@ class _Run:
         if kept.exists():
             return kept
         if not step.method.probes:
-            stats = Stats.empty(Checkpoint(source).shape())
+            stats = Stats.empty(Checkpoint(source).any_shape())
         else:
             from espalier.collect import collect_checkpoint
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from espalier.operations import Keep, Merge
 from espalier.plan import Plan
+from espalier.shape import ModelShape
 from espalier.stats import Stats
 from espalier.store import atomic_file
 
@@ -154,12 +155,12 @@ def usage(stats: Sequence[Stats]) -> Figure | None:
     """Draw each expert's share of the tokens' choices, layers down, experts across; None without that probe."""
     maps = []
     for one in stats:
-        if "usage" in one.probes:
+        if isinstance(one.shape, ModelShape) and "usage" in one.probes:
             counts = np.array([arrays["counts"] for _, arrays in one.layers("usage")], dtype=float)  # [layers, E]
             maps.append((one, counts / counts.sum(axis=1, keepdims=True)))
     if not maps:
         return None
-    experts, layers = maps[0][0].shape.experts, len(maps[0][0].shape.layers)
+    experts, layers = maps[0][1].shape[1], len(maps[0][0].shape.layers)
     figure = _figure(min(WIDTH, 2.5 + 0.4 * experts), len(maps) * min(8.0, 1.3 + 0.28 * layers))
     for axes, (one, share) in zip(figure.subplots(len(maps), 1, squeeze=False)[:, 0], maps, strict=True):
         image = axes.imshow(100 * share, aspect="auto", cmap="YlGnBu", vmin=0, interpolation="nearest")

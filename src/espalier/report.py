@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from espalier import markup
 from espalier.plan import Plan
+from espalier.shape import ModelShape
 from espalier.stats import Stats
 from espalier.store import atomic_file
 from espalier.tables import load_table
@@ -108,8 +109,8 @@ def _figures(document: Document, plans: Mapping[str, Plan], stats: Sequence[Stat
         "the colour bar is an even share.",
         "Heat map of layers by experts.",
     )
-    if plans and stats:
-        experts = max(one.shape.experts for one in stats)
+    experts = max((one.shape.experts for one in stats if isinstance(one.shape, ModelShape)), default=0)
+    if plans and experts:
         add(
             "decisions",
             "What each method decided",

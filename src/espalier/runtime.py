@@ -268,24 +268,19 @@ def _narrow(experts: Any, kept: Any) -> None:
         down[gone] = 0
 
 
-class ActiveCount:
-    """Distinct experts run, by layer, over the tokens counted so far.
+class TokenMask:
+    """Knows which tokens of the running forward pass count.
 
-    `mask` [N, L] (non-zero = count) is for callers that do not pass an attention mask to the model; it must
-    then be set before each forward.
+    Those that the 2-D `attention_mask` given to the model excludes do not. `mask` [N, L] (non-zero = count) is for
+    callers that pass none to the model; it must then be set before each forward.
     """
 
     def __init__(self) -> None:
         self.mask: torch.Tensor | None = None
-        self.tokens: dict[int, int] = {}
-        self.runs: dict[int, int] = {}
         self._current: torch.Tensor | None = None
 
-    def means(self) -> dict[int, float]:
-        """Mean number of distinct experts that a token ran, by layer."""
-        return {layer: self.runs[layer] / tokens for layer, tokens in self.tokens.items() if tokens}
-
-    def _see_mask(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def see_mask(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Hook before the decoder's forward pass."""
         given = kwargs.get("attention_mask")
         mask = self.mask if given is None else given
         given = kwargs.get("input_ids", args[0] if args else None)
@@ -293,6 +288,27 @@ class ActiveCount:
         if mask is not None and given is not None:
             mask = mask[:, -given.shape[1] :]  # with a cache the mask covers the past too
         self._current = None if mask is None else mask.bool().reshape(-1)
+
+    def unmasked(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return those of `rows` [T, ...] whose tokens count."""
+        if self._current is None:
+            return rows
+        if len(self._current) != len(rows):
+            raise ValueError(f"the mask has {len(self._current)} tokens, the layer runs {len(rows)}")
+        return rows[self._current.to(rows.device)]
+
+
+class ActiveCount(TokenMask):
+    """Distinct experts run, by layer, over the tokens counted so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: dict[int, int] = {}
+        self.runs: dict[int, int] = {}
+
+    def means(self) -> dict[int, float]:
+        """Mean number of distinct experts that a token ran, by layer."""
+        return {layer: self.runs[layer] / tokens for layer, tokens in self.tokens.items() if tokens}
 
     def _see_experts(self, experts: Any, inputs: Routed, *, layer: int) -> None:
         ordered = inputs[1].sort(dim=-1).values  # [T, K]
@@ -305,10 +321,7 @@ class ActiveCount:
 
     def _add(self, layer: int, runs: torch.Tensor) -> None:
         """Count `runs` [T, any] of the tokens that the mask keeps."""
-        if self._current is not None:
-            if len(self._current) != len(runs):
-                raise ValueError(f"the mask has {len(self._current)} tokens, layer {layer} runs {len(runs)}")
-            runs = runs[self._current.to(runs.device)]
+        runs = self.unmasked(runs)
         self.tokens[layer] = self.tokens.get(layer, 0) + len(runs)
         self.runs[layer] = self.runs.get(layer, 0) + int(runs.sum())
 
@@ -321,7 +334,7 @@ def count_active(model: Any, family: Family) -> Iterator[ActiveCount]:
     that `ActiveCount.mask` does.
     """
     counter = ActiveCount()
-    handles = [decoder(model).register_forward_pre_hook(counter._see_mask, with_kwargs=True)]
+    handles = [decoder(model).register_forward_pre_hook(counter.see_mask, with_kwargs=True)]
     for layer, block in moe_blocks(model, family).items():
         # After the shipped code's own hook, which was registered in __init__: sees what really runs.
         if family.scales_input:  # every expert runs; those without a score on nothing

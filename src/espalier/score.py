@@ -20,6 +20,7 @@ from espalier.embedded.documents import read_jsonl
 from espalier.embedded.tasks import task_configs, task_names
 from espalier.errors import UserError, nearest
 from espalier.families import names as family_names
+from espalier.ffn_count import count_neurons
 from espalier.intervals import estimate
 from espalier.perplexity import DocumentScore, document_scores, streamed_scores
 from espalier.progress import Progress
@@ -147,7 +148,7 @@ def _documents(task: str) -> list[tuple[str, str]]:
 
 
 def _few_documents(checkpoint: Checkpoint) -> dict[str, list[tuple[str, str]]]:
-    if not _is_moe(checkpoint):
+    if not _is_moe(checkpoint) and "espalier" not in checkpoint.config:
         return {}
     domains = sorted(entry.name for entry in text_directory().iterdir() if entry.is_dir())
     return {PREFIX + domain: _documents(PREFIX + domain)[:ACTIVE_DOCUMENTS] for domain in domains}
@@ -165,17 +166,42 @@ def _counted(model: PreTrainedModel | StreamedModel, checkpoint: Checkpoint) -> 
     that it runs in each layer. A dense model uses all of its parameters.
     """
     active: Document = {"tokens": 0, "experts_per_token": {}}
-    if not _is_moe(checkpoint):
-        yield active
-        active["parameters"] = float(checkpoint.parameters)
-        return
     live = model.model if isinstance(model, StreamedModel) else model
+    if not _is_moe(checkpoint):
+        with _counted_neurons(live, checkpoint, active):
+            yield active
+        return
     with runtime.count_active(live, checkpoint.family) as counter:
         yield active
     means = counter.means()
     one_expert = checkpoint.shape().expert_parameters
     active["experts_per_token"] = {str(layer): value for layer, value in sorted(means.items())}
     active["parameters"] = checkpoint.always_active_parameters + math.fsum(means.values()) * one_expert
+
+
+@contextlib.contextmanager
+def _counted_neurons(model: Any, checkpoint: Checkpoint, active: Document) -> Iterator[None]:
+    """Fill `active` for a dense model: all parameters, but for neurons of split FFNs that tokens do not run."""
+    active["parameters"] = float(checkpoint.parameters)
+    split = checkpoint.config.get("espalier", {}).get("layers")
+    if not checkpoint.is_dense or split is None:
+        yield
+        return
+    with count_neurons(model, checkpoint.dense_family) as counter:
+        yield
+    shape, means = checkpoint.dense_shape(), counter.means()
+    active["neurons_per_token"] = {str(layer): value for layer, value in sorted(means.items())}
+    stored = {int(layer): sum(settings["segments"]) for layer, settings in split.items()}
+    for layer, settings in split.items():
+        router = settings["router"]
+        if router["kind"] == "oracle":  # what it would run if it knew
+            widths = [sum(settings["segments"][s] for s in unit) for unit in settings["units"]]
+            always = sum(settings["segments"][: settings["shared"]])
+            means[int(layer)] = always + router["k"] * (1 if router["level"] == "neurons" else np.mean(widths))
+    idle = math.fsum(stored[layer] - value for layer, value in means.items())
+    active["parameters"] -= idle * shape.neuron_parameters
+    whole = shape.width * len(shape.layers)
+    active["ffn"] = (whole - math.fsum(shape.width - stored[layer] for layer in stored) - idle) / whole
 
 
 def _parameters(checkpoint: Checkpoint) -> Document:

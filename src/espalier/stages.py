@@ -131,7 +131,7 @@ def _plan(node: Document, store: Store, artefact: Path, record: Document) -> Non
 
     directory = weights(node, store)
     checkpoint = Checkpoint(directory)
-    shape = checkpoint.shape()
+    shape = checkpoint.any_shape()
     method = build({key: value for key, value in node["config"].items() if key != "dtype"})
     if is_sequential(method):
         plan = _plan_sequentially(method, directory, node, store, record)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from espalier.errors import UserError
-from espalier.shape import ModelShape
+from espalier.shape import DenseShape, ModelShape, shape_from_document
 from espalier.store import atomic_file, stable_header
 
 FORMAT = "espalier.stats/1"
@@ -28,7 +28,7 @@ class Stats:
     with one row a token keep that order.
     """
 
-    shape: ModelShape
+    shape: ModelShape | DenseShape
     sequence_tokens: tuple[int, ...]
     arrays: Mapping[tuple[str, int], dict[str, Array]] = field(repr=False)
 
@@ -70,7 +70,7 @@ class Stats:
             stable_header(temporary)
 
     @classmethod
-    def empty(cls, shape: ModelShape) -> "Stats":
+    def empty(cls, shape: ModelShape | DenseShape) -> "Stats":
         """Return the statistics of no token at all, for methods that need none."""
         return cls(shape, (), {})
 
@@ -81,7 +81,7 @@ class Stats:
         UserError on an unreadable file, an unknown format or files of different calibrations.
         """
         arrays: dict[tuple[str, int], dict[str, Array]] = {}
-        shape: ModelShape | None = None
+        shape: ModelShape | DenseShape | None = None
         sequence_tokens: tuple[int, ...] = ()
         for path in dict.fromkeys(paths):
             try:
@@ -89,7 +89,7 @@ class Stats:
                     header = file.metadata() or {}
                     if header.get("format") != FORMAT:
                         raise UserError(f"{path}: format is {header.get('format')!r}, expected {FORMAT}.")
-                    found = ModelShape.from_document(json.loads(header["shape"]))
+                    found = shape_from_document(json.loads(header["shape"]))
                     counts = tuple(json.loads(header["sequence_tokens"]))
                     if shape is not None and (found, counts) != (shape, sequence_tokens):
                         raise UserError(f"{path}: statistics of another model or calibration than {paths[0]}.")

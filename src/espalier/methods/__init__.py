@@ -9,11 +9,12 @@ from espalier.errors import UserError, nearest
 from espalier.fit_settings import Fitting
 from espalier.methods.budget import survivors
 from espalier.plan import Plan
-from espalier.shape import ModelShape
+from espalier.shape import DenseShape, ModelShape
 from espalier.stats import Stats
 
 if TYPE_CHECKING:
     from espalier.experts import ExpertWeights
+    from espalier.ffn_weights import FFNWeights
 
 
 class Method(Protocol):
@@ -56,7 +57,19 @@ class ComparingMethod(Protocol):
     def plan(self, stats: Stats, shape: ModelShape, experts: "ExpertWeights", base: "ExpertWeights") -> Plan: ...
 
 
-AnyMethod = Method | WeightMethod | ComparingMethod
+class DenseMethod(Protocol):
+    """A method for dense models, whose FFNs it splits."""
+
+    dense: ClassVar[bool]  # True
+
+    @property
+    def probes(self) -> tuple[str, ...]: ...
+
+    def plan(self, stats: Stats, shape: DenseShape, ffns: "FFNWeights") -> Plan: ...
+
+
+AnyMethod = Method | WeightMethod | ComparingMethod | DenseMethod
+Shape = ModelShape | DenseShape
 
 
 def base_of(method: AnyMethod) -> str | None:
@@ -73,11 +86,16 @@ def base_of(method: AnyMethod) -> str | None:
     return base
 
 
-def make_plan(method: AnyMethod, stats: Stats, shape: ModelShape, directory: Path, base: Path | None = None) -> Plan:
+def make_plan(method: AnyMethod, stats: Stats, shape: Shape, directory: Path, base: Path | None = None) -> Plan:
     """Return the method's plan for the checkpoint in `directory`, checked against `shape`.
 
     `base` is the directory of the second model, for a method that has one.
     """
+    _check_kind(method, shape)
+    if isinstance(shape, DenseShape):
+        from espalier.ffn_weights import FFNWeights
+
+        return cast(DenseMethod, method).plan(stats, shape, FFNWeights(directory)).check(shape)
     if getattr(method, "reads_weights", False):
         from espalier.experts import ExpertWeights
 
@@ -88,16 +106,38 @@ def make_plan(method: AnyMethod, stats: Stats, shape: ModelShape, directory: Pat
     return cast(Method, method).plan(stats, shape).check(shape)
 
 
-def check(method: AnyMethod, shape: ModelShape, tokens: int | None) -> None:
+def is_for_dense(method: AnyMethod) -> bool:
+    """Whether a method splits the FFNs of dense models; the others change experts."""
+    return getattr(method, "dense", False) is True
+
+
+def check(method: AnyMethod, shape: Shape, tokens: int | None) -> None:
     """Raise the UserErrors of a method that need no statistics, for `tokens` calibration tokens (None: not known).
 
     A method without a `check` of its own has its `ratio` checked, if it has one.
     """
+    _check_kind(method, shape)
     own = getattr(method, "check", None)
     if own is not None:
         own(shape, tokens or 0)
-    elif hasattr(method, "ratio"):
+    elif hasattr(method, "ratio") and isinstance(shape, ModelShape):
         survivors(method.ratio, shape, f"conf/method/{type(method).__module__.rpartition('.')[2]}.yaml")
+
+
+def _check_kind(method: AnyMethod, shape: Shape) -> None:
+    """Raise UserError for a method for dense models and a model with experts, or the other way round."""
+    if is_for_dense(method) == isinstance(shape, DenseShape):
+        return
+    where = f"conf/method/{type(method).__module__.rpartition('.')[2]}.yaml"
+    if isinstance(shape, DenseShape):
+        raise UserError(
+            f"{where}: changes the experts of a Mixture-of-Experts model, and {shape.family} is a dense model without "
+            "experts. Use a method for dense models, such as dsmoe, moefication or static."
+        )
+    raise UserError(
+        f"{where}: splits the feed-forward networks of a dense model, and {shape.family} has experts already. Use a "
+        "method for experts, such as reap or hc_smoe."
+    )
 
 
 def is_sequential(method: AnyMethod) -> bool:

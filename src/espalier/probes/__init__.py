@@ -1,22 +1,24 @@
-"""Probes: what a calibration pass adds up of each MoE block, as the arrays that methods read; one file each.
+"""Probes: what a calibration pass adds up of each MoE block or dense FFN, as arrays for methods; one file each.
 
 One instance observes one layer. All sums are float64; only tokens that the attention mask keeps count.
 """
 
 from espalier.probes.coactivation import Coactivation
+from espalier.probes.ffn_energy import FFNEnergy
+from espalier.probes.ffn_inputs import FFNInputs
 from espalier.probes.inputs import Inputs
 from espalier.probes.logit_gram import LogitGram
 from espalier.probes.mean_output import MeanOutput
 from espalier.probes.neuron_energy import NeuronEnergy
 from espalier.probes.output_norm import OutputNorm
-from espalier.probes.probe import Arrays, Probe
+from espalier.probes.probe import Arrays, DenseProbe, Probe
 from espalier.probes.residual_gram import ResidualGram
 from espalier.probes.routed_moments import RoutedMoments
 from espalier.probes.routing import Routing
 from espalier.probes.token_importance import TokenImportance
 from espalier.probes.usage import Usage
 
-__all__ = ["PROBES", "Arrays", "Probe"]
+__all__ = ["DENSE_PROBES", "PROBES", "Arrays", "DenseProbe", "Probe"]
 
 # In this order they see a trace: residual_gram after mean_output, whose outputs it can then share.
 PROBES: dict[str, type[Probe]] = {
@@ -32,3 +34,6 @@ PROBES: dict[str, type[Probe]] = {
     "mean_output": MeanOutput,
     "residual_gram": ResidualGram,
 }
+
+# Those of a dense model's FFNs.
+DENSE_PROBES: dict[str, type[DenseProbe]] = {"ffn_energy": FFNEnergy, "ffn_inputs": FFNInputs}

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from espalier.observe import BlockTrace
-from espalier.shape import ModelShape
+from espalier.observe_ffn import FFNTrace
+from espalier.shape import DenseShape, ModelShape
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -30,6 +31,21 @@ class Probe(Protocol):
     def __init__(self, shape: ModelShape, tokens: int) -> None: ...
 
     def update(self, trace: BlockTrace) -> None: ...
+
+    def result(self) -> Arrays: ...
+
+    @staticmethod
+    def merge(parts: Sequence[Arrays], tokens: Sequence[int]) -> Arrays:
+        """Return the result over all tokens from those over consecutive parts of them, of `tokens` each."""
+        ...
+
+
+class DenseProbe(Protocol):
+    """Sums over the tokens of one layer's FFN."""
+
+    def __init__(self, shape: DenseShape, tokens: int) -> None: ...
+
+    def update(self, trace: FFNTrace) -> None: ...
 
     def result(self) -> Arrays: ...
 
