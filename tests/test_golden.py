@@ -100,6 +100,8 @@ def plans(work):
         if name != "none":
             config = conf.load("method", name)
             method = build(config | (RATIO if "ratio" in config else {}))
+            if name == "threshold":  # which needs a model that was split
+                continue
             if is_for_dense(method):
                 found[name] = split_plan_of(method, work)
                 continue

@@ -125,6 +125,10 @@ class _Builder:
         tuned = config["tuning"]["name"] != "none"
         if tuned:
             weights = self._tune(config["tuning"], fetch, weights, model, label)
+        if config["after"]["name"] != "none":
+            methods.build(config["after"])  # a bad key is told before anything runs
+            plan = self.add(Node("plan", config["after"], (weights,), label))
+            weights = self.add(Node("apply", {}, (weights, plan), label))
         row = {
             "label": label,
             "method": config["method"]["name"],

@@ -15,6 +15,8 @@ def row_label(config: Config, point: Point) -> str:
         parts.append(then["name"])
     if config["tuning"]["name"] != "none":
         parts += ["+", Tuning.of(config["tuning"]).label]
-    known = {"method", "method@then", "method.ratio", "method.seed", "then.seed", "tuning"}
+    if config["after"]["name"] != "none":
+        parts += ["+", config["after"]["name"]]
+    known = {"method", "method@then", "method.ratio", "method.seed", "then.seed", "tuning", "method@after"}
     parts += [f"{key.removeprefix('method.')}={value}" for key, value in point.items() if key not in known]
     return " ".join(parts)

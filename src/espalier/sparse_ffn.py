@@ -70,6 +70,10 @@ class SparseFFN(nn.Module):
             output = self._grouped(flat, weights)
         return output.view_as(hidden)
 
+    def unit_width(self, unit: int) -> int:
+        """Neurons of a unit, without the shared ones."""
+        return sum(self.segments[segment] for segment in self.units[unit])
+
     @property
     def down(self) -> nn.Linear:
         module: nn.Linear = getattr(self, self.names["down"])
@@ -243,6 +247,10 @@ class Router(nn.Module):
         }
         for role in settings["tensors"]:
             self.register_parameter(role, nn.Parameter(torch.zeros(sizes[role], dtype=torch.float32)))
+        # A choice has no gradient; only what weighs the chosen has one.
+        self.learns = self.weigh != "one" and self.kind != "oracle"
+        if self.kind == "analytic" and self.has("bias"):
+            self.own("bias").requires_grad_(False)
         self.gates: Tensor | None = None
 
     def own(self, role: str) -> Tensor:

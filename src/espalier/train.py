@@ -73,11 +73,15 @@ class Training:
 
 @dataclass(frozen=True)
 class Step:
-    """One finished step: how many are done, the loss's terms (means over the micro-batches) and seconds so far."""
+    """One finished step: how many are done, the loss's terms (means over the micro-batches) and seconds so far.
+
+    `measured`: further numbers, means too, that are no part of the loss.
+    """
 
     done: int
     terms: dict[str, float]
     seconds: float
+    measured: dict[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -121,7 +125,7 @@ class TrainingState:
         device = next(iter(parameters.values())).device
         if device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(device)
-        steps = [[step.done, step.terms, step.seconds] for step in curve]
+        steps = [[step.done, step.terms, step.seconds, *([step.measured] if step.measured else [])] for step in curve]
         header = {"format": FORMAT, "identity": json.dumps(self.identity), "curve": json.dumps(steps)}
         with atomic_file(self.path) as temporary:
             save_file(tensors, temporary, header | {"done": str(curve[-1].done if curve else 0)})
@@ -205,11 +209,16 @@ def train(
     state: TrainingState | None = None,
     stop: Interruption | None = None,
     after: Callable[[Step], None] | None = None,
+    before: Callable[[list[Step]], None] | None = None,
+    measure: Callable[[], dict[str, float]] | None = None,
+    scale: Callable[[str], float] = lambda name: 1.0,
 ) -> Trained:
     """Train the parameters of `model` that require a gradient, in place, and return them with the curve.
 
-    `batch(n)` gives the n-th micro-batch, whatever came before. `after` hears each step. With `state` a training that
-    was interrupted goes on where it was saved last; on a processor the result has the same bytes.
+    `batch(n)` gives the n-th micro-batch, whatever came before. `before` hears the finished steps in front of each
+    step, `after` each step behind it; `measure` gives further numbers of the micro-batch that has just run. The rate
+    of a parameter is multiplied by `scale` of its name. With `state` a training that was interrupted goes on where it
+    was saved last; on a processor the result has the same bytes.
 
     UserError when nothing is to be trained or the loss is not finite; InterruptedWork after the running step when
     `stop` noticed a signal, with the state saved.
@@ -220,25 +229,30 @@ def train(
     # Small steps vanish in half precision, so that the optimizer gets copies in fp32 where there is less.
     masters = {name: p if p.dtype.itemsize >= 4 else nn.Parameter(p.detach().float()) for name, p in trained.items()}
     device = next(iter(trained.values())).device
-    optimizer = _optimizer(masters, training)
+    optimizer = _optimizer(masters, training, scale)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(training.seed)
         curve = (state.load(masters, optimizer) if state is not None else None) or []
         _copy(masters, trained)
-        before, start = curve[-1].seconds if curve else 0.0, time.monotonic()
+        spent, start = curve[-1].seconds if curve else 0.0, time.monotonic()
         for number in range(len(curve), training.steps):
+            if before is not None:
+                before(curve)
             for group in optimizer.param_groups:
-                group["lr"] = training.rate_at(number)
+                group["lr"] = training.rate_at(number) * group["scale"]
             terms: dict[str, float] = {}
+            measured: dict[str, float] = {}
             for micro in range(number * training.accumulation, (number + 1) * training.accumulation):
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=training.bf16):
                     found = loss(model, batch(micro))
                 torch.autograd.backward(torch.stack(list(found.values())).sum() / training.accumulation)
                 for name, term in found.items():
                     terms[name] = terms.get(name, 0.0) + term.item() / training.accumulation
+                for name, value in (measure() if measure is not None else {}).items():
+                    measured[name] = measured.get(name, 0.0) + value / training.accumulation
             _update(masters, trained, optimizer, training.clip)
-            curve.append(Step(number + 1, terms, round(before + time.monotonic() - start, 3)))
+            curve.append(Step(number + 1, terms, round(spent + time.monotonic() - start, 3), measured))
             if not math.isfinite(curve[-1].loss):
                 raise UserError(f"training: the loss is {curve[-1].loss} at step {number + 1}. Use a smaller rate.")
             leaving = stop is not None and stop.number is not None
@@ -264,12 +278,16 @@ def shuffled(count: int, batch: int, seed: int) -> Callable[[int], list[int]]:
     return lambda number: [order(n // count)[n % count] for n in range(number * batch, (number + 1) * batch)]
 
 
-def _optimizer(parameters: Mapping[str, Tensor], training: Training) -> torch.optim.AdamW:
-    matrices = [p for p in parameters.values() if p.dim() > 1]
-    vectors = [p for p in parameters.values() if p.dim() <= 1]
+def _optimizer(
+    parameters: Mapping[str, Tensor], training: Training, scale: Callable[[str], float]
+) -> torch.optim.AdamW:
+    """Make the optimizer: a group for each factor of the rate, of matrices with weight decay and vectors without."""
+    by_kind: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, p in parameters.items():
+        by_kind.setdefault((scale(name), p.dim() > 1), []).append(p)
     groups = [
-        {"params": matrices, "weight_decay": training.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": members, "weight_decay": training.weight_decay if matrix else 0.0, "scale": factor}
+        for (factor, matrix), members in sorted(by_kind.items(), key=lambda kind: (kind[0][0], not kind[0][1]))
     ]
     return torch.optim.AdamW(groups, lr=training.rate, betas=training.betas, fused=True)
 

@@ -1,4 +1,4 @@
-"""Router tuning: freeze a checkpoint but for its routers and train those; resumable, stopped between steps.
+"""Tuning: freeze a checkpoint but for its routers, or its FFNs, and train those; resumable, stopped between steps.
 
 Objectives: `lm`, `distill` and `layerwise`, see `tune_settings.Tuning`. Trained are the routers' weights and, where a
 family has them, biases; the correction bias of sigmoid routers only chooses, gets no gradient and stays as it is.
@@ -19,18 +19,19 @@ from torch import Tensor, nn
 
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.families import Family
 from espalier.running import Running
-from espalier.runtime import load, moe_blocks, skeleton
+from espalier.runtime import load, moe_blocks
 from espalier.teacher import Teacher
 from espalier.train import Step, Trained, Training, TrainingState, interruption, shuffled, train
 from espalier.tune_checkpoint import write_tuned
+from espalier.tune_gates import Controller, Gates, batches_of
 from espalier.tune_layerwise import LayerwiseTuner
 from espalier.tune_losses import divergence, entropy, next_token, router_logits
+from espalier.tune_names import tuned_names
 from espalier.tune_settings import Tuning
-from espalier.weights import WeightMap
 
 FORMAT = "espalier.tuning/1"
+THRESHOLD_TOKENS = 4096  # of the tuning text, on which the gates' threshold is set
 
 Log = Callable[[Mapping[str, float]], None]
 
@@ -70,9 +71,10 @@ def tune(
     teacher for other tokens; InterruptedWork after a signal, with the state saved.
     """
     checkpoint = Checkpoint(source)
-    names = tuned_names(source, dtype, tuning.norms)
+    names = tuned_names(source, dtype, tuning)
     training = _training(tuning, text.ids.shape[1])
     log = log or (lambda values: None)
+    threshold: float | None = None
     digest = hashlib.sha256(np.ascontiguousarray(text.ids).tobytes())
     digest.update(b"" if text.mask is None else np.ascontiguousarray(text.mask).tobytes())
     identity: dict[str, Any] = {
@@ -94,7 +96,9 @@ def tune(
         with interruption() as stop:
             tensors, curves = tuner.run(stop, lambda layer, step: log(_named(step, f"layer {layer}/")))
     else:
-        trained = _end_to_end(source, names, tuning, training, text, running, dtype, teacher, state, identity, log)
+        trained, threshold = _end_to_end(
+            source, names, tuning, training, text, running, dtype, teacher, state, identity, log
+        )
         tensors, curves = trained.parameters, {-1: trained.curve}
     each = training.accumulation * tuning.batch * text.ids.shape[1]
     curve = [_row(layer, step, each) for layer, steps in curves.items() for step in steps]
@@ -107,38 +111,14 @@ def tune(
     }
     record: dict[str, Any] = {"format": FORMAT, "tuning": asdict(tuning), "text": text.name, "dtype": dtype}
     record |= {"node": node, "tensors": sorted(names.values()), "curve": curve, "parameters": facts["parameters"]}
+    config = None
+    if threshold is not None:
+        facts["threshold"] = record["threshold"] = threshold
+        config = _with_threshold(checkpoint.config, threshold)
     named = {names[name]: tensor for name, tensor in tensors.items()}
     workers = running.apply_workers
     section = _section(tuning, training, text, facts, node)
-    return facts | write_tuned(source, named, out, section, record, replace=replace, workers=workers)
-
-
-def tuned_names(source: Path, dtype: str, norms: bool) -> dict[str, str]:
-    """Return the tensors that are tuned: names in the live model, and on disk.
-
-    UserError when the model has no router, or one of them is not a tensor of the files.
-    """
-    model = skeleton(source, dtype)
-    checkpoint = Checkpoint(source)
-    family = checkpoint.family
-    weights = WeightMap(model, checkpoint)
-    names = {module: name for name, module in model.named_modules()}
-    parts = [getattr(block, family.router_module) for block in moe_blocks(model, family).values()]
-    if norms:
-        parts += [module for module in model.modules() if type(module).__name__.endswith("Norm")]
-    found: dict[str, str] = {}
-    for part in parts:
-        for name, parameter in part.named_parameters():
-            full = f"{names[part]}.{name}"
-            if not parameter.requires_grad:
-                continue
-            recipe = weights.recipes.get(full)
-            if recipe is None or recipe.converter is not None:
-                raise UserError(f"{source}: {full} is no tensor of the files, so that it cannot be tuned.")
-            found[full] = recipe.names[0]
-    if not found:
-        raise UserError(f"{source}: has no router to tune.")
-    return found
+    return facts | write_tuned(source, named, out, section, record, replace=replace, workers=workers, config=config)
 
 
 def _training(tuning: Tuning, length: int) -> Training:
@@ -168,8 +148,8 @@ def _end_to_end(
     state: Path,
     identity: dict[str, Any],
     log: Log,
-) -> Trained:
-    """Train through the whole model: objectives lm and distill."""
+) -> tuple[Trained, float | None]:
+    """Train through the whole model: objectives lm and distill; with a target also return the gates' threshold."""
     where = f"conf/tuning/{tuning.name}.yaml: objective={tuning.objective}"
     if running.streams(Checkpoint(source), dtype):
         raise UserError(
@@ -183,7 +163,18 @@ def _end_to_end(
     model = load(source, dtype, device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
-    family = Checkpoint(source).family
+    checkpoint = Checkpoint(source)
+    if checkpoint.is_dense and tuning.entropy:
+        raise UserError(
+            f"conf/tuning/{tuning.name}.yaml: entropy={tuning.entropy} is for routers of MoE blocks. Use 0."
+        )
+    gates = Gates(model, checkpoint.dense_family, where) if tuning.gates else None
+    controller = Controller(tuning.gates, tuning.target)
+    if gates is not None:
+        for ffn in gates.ffns:
+            ffn.router.straight_through = tuning.straight_through
+    if checkpoint.is_dense:
+        model.train()  # for the straight-through gates; these families drop nothing out
     ids = torch.as_tensor(text.ids).long()
     mask = None if text.mask is None else torch.as_tensor(text.mask).long()
     rows = shuffled(len(ids), tuning.batch, tuning.seed)
@@ -201,25 +192,63 @@ def _end_to_end(
         terms = {"lm": next_token(logits, inputs, given)} if told is None else {"kl": divergence(logits, *told, given)}
         if tuning.entropy:
             terms["entropy"] = tuning.entropy * entropy(seen, given)
+        if gates is not None:
+            terms["gates"] = controller.coefficient * gates.loss(given)
+            measured["active"] = gates.active(given)
         return terms
 
     saved = TrainingState(state / "training.safetensors", identity)
-    with router_logits(_routers(model, family), 1 if family.scales_input else 0) as seen, interruption() as stop:
-        return train(model, losses, batch, training, state=saved, stop=stop, after=lambda step: log(_named(step, "")))
+    measured: dict[str, float] = {}
+    ratio = (tuning.router_rate or tuning.rate) / tuning.rate
+    with router_logits(*_routers(model, checkpoint)) as seen, interruption() as stop:
+        trained = train(
+            model,
+            losses,
+            batch,
+            training,
+            state=saved,
+            stop=stop,
+            after=lambda step: log(_named(step, "")),
+            before=controller.follow,
+            measure=lambda: measured,
+            scale=lambda name: ratio if ".router." in name else 1.0,
+        )
+    if gates is None or tuning.target is None:
+        return trained, None
+    some = slice(0, max(1, THRESHOLD_TOKENS // ids.shape[1]))
+    parts = list(batches_of(ids[some], None if mask is None else mask[some], tuning.batch, device))
+    return trained, gates.set_threshold(model.eval(), parts, tuning.target)
 
 
-def _routers(model: Any, family: Family) -> list[nn.Module]:
-    return [getattr(block, family.router_module) for block in moe_blocks(model, family).values()]
+def _with_threshold(config: dict[str, Any], threshold: float) -> dict[str, Any]:
+    """Return config.json with another threshold for every gated FFN."""
+    layers = {
+        layer: settings | {"router": settings["router"] | {"threshold": threshold}}
+        if settings["router"]["choose"] == "threshold" else settings
+        for layer, settings in config["espalier"]["layers"].items()
+    }  # fmt: skip
+    return config | {"espalier": config["espalier"] | {"layers": layers}}
+
+
+def _routers(model: Any, checkpoint: Checkpoint) -> tuple[list[nn.Module], int]:
+    """Return the routers of MoE blocks and which item of what they return are the logits."""
+    if checkpoint.is_dense:
+        return [], 0
+    family = checkpoint.family
+    blocks = moe_blocks(model, family).values()
+    return [getattr(block, family.router_module) for block in blocks], 1 if family.scales_input else 0
 
 
 def _named(step: Step, prefix: str) -> dict[str, float]:
-    return {f"{prefix}loss": step.loss} | {f"{prefix}{name}": value for name, value in step.terms.items()}
+    numbers = step.terms | step.measured
+    return {f"{prefix}loss": step.loss} | {f"{prefix}{name}": value for name, value in numbers.items()}
 
 
 def _row(layer: int, step: Step, each: int) -> dict[str, Any]:
     """One line of the loss curve; `layer` is -1 where all layers are trained together, and is then left out."""
     row: dict[str, Any] = {"step": step.done, "tokens": step.done * each, "seconds": step.seconds, "loss": step.loss}
-    return ({} if layer < 0 else {"layer": layer}) | row | {"terms": step.terms}
+    measured = {"measured": step.measured} if step.measured else {}
+    return ({} if layer < 0 else {"layer": layer}) | row | {"terms": step.terms} | measured
 
 
 def _section(tuning: Tuning, training: Training, text: Text, facts: dict[str, Any], node: str | None) -> str:
@@ -232,7 +261,7 @@ def _section(tuning: Tuning, training: Training, text: Text, facts: dict[str, An
     n, length = text.ids.shape
     rows = {
         "Objective": what + (f", {tuning.entropy:g} x router entropy" if tuning.entropy else ""),
-        "Tuned": f"routers{' and norms' if tuning.norms else ''}, {facts['parameters']:,} parameters; else frozen",
+        "Tuned": f"{tuning.train}{' and norms' if tuning.norms else ''}, {facts['parameters']:,} parameters",
         "Text": f"{text.name}: {n} sequences of {length} tokens, {training.steps} steps of "
         f"{training.accumulation * tuning.batch} sequences",
         "Settings": f"rate {tuning.rate:g}, {tuning.schedule}, seed {tuning.seed}",
@@ -241,4 +270,5 @@ def _section(tuning: Tuning, training: Training, text: Text, facts: dict[str, An
     if node:
         rows["Espalier node"] = node
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"## Router tuning\n\n| | |\n| --- | --- |\n{table}\n\n`tuning.json` holds the loss curve."
+    title = "Router tuning" if tuning.train == "routers" else "Tuning"
+    return f"## {title}\n\n| | |\n| --- | --- |\n{table}\n\n`tuning.json` holds the loss curve."

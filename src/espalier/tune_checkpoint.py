@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,12 +31,14 @@ def write_tuned(
     *,
     replace: bool = False,
     workers: int | None = None,
+    config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `out`: the checkpoint `source` with `tensors`, by their names on disk, in the place of its own.
 
-    They are rounded to the dtype that the source has. Every other tensor and file is copied by its bytes; the
-    model card gets `section` at its end, and `tuning.json` is `record`. Returns `bytes`, `shards`, `tensors` (replaced
-    and copied). UserError when `out` exists (unless `replace`), is being written, or the disk has no room.
+    They are rounded to the dtype that the source has. Every other tensor and file is copied by its bytes; the model
+    card gets `section` at its end, `tuning.json` is `record`, and `config`, if given, the new config.json. Returns
+    `bytes`, `shards`, `tensors` (replaced and copied). UserError when `out` exists (unless `replace`), is being
+    written, or the disk has no room.
     """
     checkpoint = Checkpoint(source)
     shards = [[_output(checkpoint, name, tensors) for name in checkpoint.tensors_of(file)] for file in checkpoint.files]
@@ -50,7 +53,7 @@ def write_tuned(
         "tensors": {name: _digest(tensor) for name, tensor in sorted(tensors.items())},
         "layout": writer.layout(),
         "code": code_version(),
-    }
+    } | ({} if config is None else {"config": config})
     with resumable_directory(out, identity, replace) as directory:
         files = writer.write(directory, None, workers or default_workers(), resume=True)
         for path in beside:
@@ -59,6 +62,8 @@ def write_tuned(
         before = card.read_text().rstrip() if card.exists() else f"# {source.name}, tuned with Espalier"
         card.write_text(f"{before}\n\n{section.strip()}\n")
         write_json(directory / LOSSES, record)
+        if config is not None:
+            (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         writer.check(directory)
     copied = len(checkpoint.entries) - len(tensors)
     return {"bytes": writer.nbytes, "shards": len(files), "tensors": {"replaced": len(tensors), "copied": copied}}

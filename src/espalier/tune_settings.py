@@ -10,6 +10,7 @@ from espalier.errors import UserError, nearest
 OBJECTIVES = ("lm", "distill", "layerwise")
 SCHEDULES = ("constant", "linear", "cosine")
 INPUTS = ("original", "compressed")
+TRAIN = ("routers", "ffn", "all")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Tuning:
     each block sees what the `original` model feeds it, or what the `compressed` one does, whose earlier errors it then
     makes good. norms: tune the norms too (layerwise: the one before each block, whose whole output is then compared).
     entropy: weight of the mean entropy of the routers' softmax.
+    train, of split dense models: the `routers`, `ffn` (with the routers), or `all` parameters. router_rate: highest
+    rate of routers, where it is another. gates: weight of DSMoE's L1 term, moved by a controller where `target` is
+    given: the fraction of the FFNs' neurons that a token is to run, to which the threshold is set in the end.
+    straight_through: whether gates of what does not run have a gradient.
     tokens: how many are read in all, of `layerwise` for each layer. batch: sequences a micro-batch; a step takes
     `accumulation` of them. warm_up: share of the steps. clip: largest norm of the gradient, or None. bf16: autocast.
 
@@ -43,6 +48,11 @@ class Tuning:
     top: int = 64
     bf16: bool = False
     seed: int = 0
+    train: str = "routers"
+    router_rate: float | None = None
+    gates: float = 0.0
+    target: float | None = None
+    straight_through: bool = True
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Tuning:
@@ -63,6 +73,8 @@ class Tuning:
     @property
     def label(self) -> str:
         """The part of a table's label: the public name, the objective or the file of conf/tuning, and the norms."""
+        if self.train != "routers":
+            return f"{self.name} {self.objective}"
         usual = self.name == f"router_{self.objective}"
         return f"router_tuning {self.objective if usual else self.name}{' and norms' if self.norms else ''}"
 
@@ -77,7 +89,7 @@ class Tuning:
         return self.tokens // each
 
     def _check(self, where: str) -> None:
-        choices = {"objective": OBJECTIVES, "schedule": SCHEDULES, "inputs": INPUTS}
+        choices = {"objective": OBJECTIVES, "schedule": SCHEDULES, "inputs": INPUTS, "train": TRAIN}
         for key, known in choices.items():
             value = getattr(self, key)
             if value not in known:
@@ -86,7 +98,7 @@ class Tuning:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{where}: {key}={value!r}, expected a whole number >= {least}.")
-        for key in ("norms", "bf16"):
+        for key in ("norms", "bf16", "straight_through"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(f"{where}: {key}={getattr(self, key)!r}, expected true or false.")
         ranges = {
@@ -95,10 +107,19 @@ class Tuning:
             "weight_decay": (_number(self.weight_decay) >= 0, "a number >= 0"),
             "entropy": (_number(self.entropy) >= 0, "a number >= 0"),
             "clip": (self.clip is None or _number(self.clip) > 0, "a number above 0 or null"),
+            "router_rate": (self.router_rate is None or _number(self.router_rate) > 0, "a number above 0 or null"),
+            "gates": (_number(self.gates) >= 0, "a number >= 0"),
+            "target": (self.target is None or 0 < _number(self.target) < 1, "a fraction in (0, 1) or null"),
         }
         for key, (fits, wanted) in ranges.items():
             if not fits:
                 raise UserError(f"{where}: {key}={getattr(self, key)!r}, expected {wanted}.")
+        if self.target is not None and not self.gates:
+            raise UserError(
+                f"{where}: target={self.target} needs the first weight of the gates' L1 term. Give gates > 0."
+            )
+        if self.objective == "layerwise" and (self.train != "routers" or self.gates):
+            raise UserError(f"{where}: objective=layerwise tunes routers of MoE blocks. Use objective=lm or distill.")
 
 
 def _number(value: Any) -> float:
