@@ -28,7 +28,7 @@ WIDTH = 64
 CONFIGS = {
     name: config
     for name in conf.names("method")
-    if name not in ("none", "threshold")  # which follows another
+    if name not in ("none", "threshold", "tomoe")  # which follow another, or learn: tests of their own
     and is_for_dense(build(config := conf.load("method", name)))
 }
 SMALL = {"random_blocks": {"blocks": 8}, "moefication": {"blocks": 8, "epochs": 3}, "cmoe": {"blocks": 8, "shared": 2}}

@@ -146,7 +146,7 @@ def test_fits_have_names_of_their_own_and_settings_that_are_checked():
     for key, value in (("schedule", "step"), ("accumulation", 0), ("clip", 0), ("epochs", True), ("rate", "fast")):
         with pytest.raises(UserError, match=f"^conf/method/tomoe.yaml: {key}="):
             Fitting(**({"name": "tomoe", "rate": 0.1, "epochs": 1} | {key: value}))
-    assert Fitting("tomoe", 0.1, epochs=3, batch=4).steps(6) == 5  # 18 sequences, four a step
+    assert Fitting("tomoe", 0.1, epochs=3, batch=4).steps(6, 16) == 5  # 18 sequences, four a step
 
 
 def project(tmp_path, monkeypatch, sweep):

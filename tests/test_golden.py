@@ -80,7 +80,7 @@ def learnt(work):
     found = {}
     for name in conf.names("method"):
         fitting = None if name == "none" else fit_of(build(conf.load("method", name)))
-        if fitting is not None:
+        if fitting is not None and name != "tomoe":
             stats, curve = fitted(work, fitting)
             sums = {f"{layer}.{key}": round(float(np.sum(array**2)), 3)
                     for (_, layer), named in stats.arrays.items() for key, array in named.items()}  # fmt: skip
@@ -100,7 +100,7 @@ def plans(work):
         if name != "none":
             config = conf.load("method", name)
             method = build(config | (RATIO if "ratio" in config else {}))
-            if name == "threshold":  # which needs a model that was split
+            if name in ("threshold", "tomoe"):  # which need a model that was split, or learn
                 continue
             if is_for_dense(method):
                 found[name] = split_plan_of(method, work)

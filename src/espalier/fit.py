@@ -51,7 +51,8 @@ def fit(
     signal, with the state saved.
     """
     checkpoint = Checkpoint(directory)
-    shape = checkpoint.shape()
+    shape = checkpoint.any_shape()
+    family = checkpoint.dense_family if checkpoint.is_dense else checkpoint.family
     if running.streams(checkpoint, dtype):
         raise UserError(
             f"conf/method/{fitting.name}.yaml: learns by running the whole model, and {directory} does not fit into "
@@ -59,10 +60,10 @@ def fit(
         )
     device = running.torch_device()
     model = load(directory, dtype, device).requires_grad_(False)
-    learner = fit_class(fitting.name)(model, shape, checkpoint.family, **fitting.own).to(device)
+    learner = fit_class(fitting.name)(model, shape, family, **fitting.own).to(device)
     every = torch.as_tensor(np.asarray(ids)).long()
     kept = None if mask is None else torch.as_tensor(np.asarray(mask)).long()
-    steps, each = fitting.steps(len(every)), fitting.accumulation
+    steps, each = fitting.steps(*every.shape), fitting.accumulation
     rows = shuffled(len(every), fitting.batch, fitting.seed)
 
     def batch(number: int) -> tuple[Tensor, Tensor | None, int]:
@@ -95,6 +96,7 @@ def fit(
                 schedule=fitting.schedule,
                 accumulation=each,
                 clip=fitting.clip,
+                weight_decay=fitting.weight_decay,
                 seed=fitting.seed,
             ),
             state=saved,

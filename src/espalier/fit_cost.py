@@ -11,12 +11,13 @@ from espalier.tune_cost import placed
 def fit_cost(
     sizes: Sizes, tokens: int, length: int, fitting: Fitting, dtype: str, running: Running, hardware: Hardware
 ) -> Cost:
-    """Cost of learning from `tokens` in sequences of `length`, read `fitting.epochs` times.
+    """Cost of learning from `tokens` in sequences of `length`, read `fitting.epochs` times, or from `fitting.tokens`.
 
     A pass back costs as much as one forward: it needs the gradients of activations, not of weights. What is learnt is
     small beside the model.
     """
     each, batch = DTYPE_BYTES.get(dtype, 2), fitting.batch * length
     working = len(sizes.count.layers) * pass_bytes(sizes, batch, length, each) + batch * sizes.vocabulary * (each + 12)
-    flops = 2 * fitting.epochs * forward_flops(sizes, tokens, length)
+    read = fitting.epochs * tokens if fitting.tokens is None else fitting.tokens
+    flops = 2 * forward_flops(sizes, read, length)
     return placed(Cost(flops, sizes.disk_bytes), each * sizes.loaded + working, 0.0, running, hardware)

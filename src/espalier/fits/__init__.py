@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from espalier.dense_families import DenseFamily
     from espalier.families import Family
-    from espalier.shape import ModelShape
+    from espalier.shape import DenseShape, ModelShape
 
 
 class Fit(Protocol):
@@ -19,10 +20,12 @@ class Fit(Protocol):
     It is made with the loaded model (eval mode, no parameter of which has a gradient), its shape and family, and what
     `Fitting.own` says. It must not hold the model as a submodule. Calling it gives the terms of the loss on a
     micro-batch: `ids` int64 [B, L], `mask` int64 [B, L] or None, `step` counted from 0; it may leave some parameters
-    without a gradient, and those then stay as they are in this step. `arrays` are named arrays by MoE layer.
+    without a gradient, and those then stay as they are in this step. `arrays` are named arrays by layer.
     """
 
-    def __init__(self, model: Any, shape: "ModelShape", family: "Family", **own: Any) -> None: ...
+    def __init__(
+        self, model: Any, shape: "ModelShape | DenseShape", family: "Family | DenseFamily", **own: Any
+    ) -> None: ...
 
     def __call__(self, ids: "Tensor", mask: "Tensor | None", step: int) -> "dict[str, Tensor]": ...
 

@@ -1,0 +1,136 @@
+"""ToMoE: overlapping subsets of an FFN's neurons as experts, of which each token runs one; the model stays frozen.
+
+Gao et al., TMLR 2026 (arXiv 2501.15316). Which neurons an expert has and which expert a token runs is learnt
+(`espalier.fits.tomoe`); what an expert gives is not weighed. With `experts=1` every token runs the same neurons: static
+pruning by the same training, as DISP-LLM (arXiv 2410.11988) does.
+
+The learnt widths differ by layer and expert. Where `exact`, one number is added to all logits of all masks so that the
+widest experts hold the fraction 1 - ratio of the neurons, mean over layers: what the budget term of the loss asks for.
+The masks of attention are not part of this version.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espalier.errors import UserError
+from espalier.fit_settings import Fitting
+from espalier.methods.options import fraction, whole_number
+from espalier.methods.signatures import pieces, segments_of
+from espalier.plan import Plan
+from espalier.plan_tensors import PlanTensor
+from espalier.shape import DenseShape
+from espalier.split import Split
+from espalier.stats import Stats
+
+if TYPE_CHECKING:
+    from espalier.ffn_weights import FFNWeights
+
+WHERE = "conf/method/tomoe.yaml"
+POSITIVE = ("temperature", "rate")
+NUMBERS = ("offset", "distill", "budget", "union", "balance")
+
+
+@dataclass(frozen=True)
+class Tomoe:
+    """Split each FFN into `experts` overlapping ones, the widest of the fraction 1 - ratio of its neurons.
+
+    The other keys are those of the fit: `fits.tomoe` has the loss; `tokens` are read in all, `batch` sequences a step.
+    """
+
+    ratio: float
+    experts: int = 8
+    exact: bool = True
+    embedding: int = 128
+    temperature: float = 0.4
+    offset: float = 3.0
+    distill: float = 2.0
+    budget: float = 16.0
+    union: float = 3.0
+    balance: float = 1.0
+    rate: float = 0.001
+    tokens: int = 65536
+    batch: int = 4
+    seed: int = 0
+    dense: ClassVar[bool] = True
+    probes: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        whole_number("tomoe", "experts", self.experts, 1)
+        whole_number("tomoe", "embedding", self.embedding, 4)
+        if self.embedding % 4:
+            raise UserError(
+                f"{WHERE}: embedding={self.embedding} is not a multiple of 4. Use {self.embedding // 4 * 4}."
+            )
+        for key in (*POSITIVE, *NUMBERS):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or (key in POSITIVE and value <= 0):
+                raise UserError(f"{WHERE}: {key}={value} is not a number{' above 0' if key in POSITIVE else ''}.")
+        if not isinstance(self.exact, bool):
+            raise UserError(f"{WHERE}: exact={self.exact} is not true or false.")
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
+            raise UserError(
+                f"{WHERE}: ratio={self.ratio} is not a fraction in (0, 1) of neurons that a token leaves out."
+            )
+        _ = self.fit  # its own keys are refused now, not when it runs
+
+    @property
+    def fit(self) -> Fitting:
+        """The settings of what is learnt."""
+        own = {"experts": self.experts, "embedding": self.embedding, "target": 1 - float(self.ratio), "seed": self.seed}
+        own |= {key: float(getattr(self, key)) for key in ("temperature", *NUMBERS)}
+        return Fitting(
+            "tomoe", self.rate, 1, self.batch, schedule="constant", weight_decay=0.05, tokens=self.tokens,
+            seed=self.seed, own=own,
+        )  # fmt: skip
+
+    def check(self, shape: DenseShape, tokens: int) -> None:
+        """Raise UserError for a ratio that leaves all neurons, or none."""
+        fraction("tomoe", self.ratio, shape.width, "neurons")
+
+    def plan(self, stats: Stats, shape: DenseShape, ffns: "FFNWeights") -> Plan:
+        """Evidence per layer: widths of the experts, stored neurons, stretches of storage that an expert lies in."""
+        learnt = dict(stats.layers("tomoe"))
+        shift = self._shift([arrays["logits"] for arrays in learnt.values()]) if self.exact else 0.0
+        layers, evidence = {}, {}
+        tensors: dict[str, PlanTensor] = {}
+        for layer, arrays in learnt.items():
+            masks = _masks(arrays["logits"], shift)
+            neurons, segments, units = segments_of(masks)
+            name, weight = f"{layer}.neurons", f"{layer}.router.weight"
+            tensors[name] = PlanTensor.of(neurons)
+            router: dict[str, Any] = {"router": "none"}
+            if self.experts > 1:
+                tensors[weight] = PlanTensor.of(arrays["router"])
+                router = {"router": "linear", "k": 1, "units": units, "tensors_of": {"weight": weight}}
+            layers[layer] = (Split(segments, neurons=name, **router),)
+            widths = masks.sum(axis=1)
+            evidence[layer] = {"widths": widths.tolist(), "stored": len(neurons), "pieces": pieces(segments, units)}
+        return Plan({"name": "tomoe"} | asdict(self), layers, evidence, tensors=tensors)
+
+    def _shift(self, logits: list[NDArray[np.float32]]) -> float:
+        """Return the number that makes the widest experts as wide as the ratio asks for, by bisection."""
+        wanted = 1 - self.ratio
+
+        def width(shift: float) -> float:
+            return float(np.mean([_masks(each, shift).sum(axis=1).max() / each.shape[1] for each in logits]))
+
+        low, high = -1.0, 1.0
+        while width(low) > wanted:
+            low *= 2
+        while width(high) < wanted:
+            high *= 2
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if width(middle) < wanted else (low, middle)
+        return min((low, high), key=lambda shift: abs(width(shift) - wanted))
+
+
+def _masks(logits: NDArray[np.float32], shift: float) -> NDArray[np.bool_]:
+    """Return which neurons each expert has, bool [E, F]; one without any has that of its largest logit."""
+    masks: NDArray[np.bool_] = logits + shift > 0
+    for expert in np.flatnonzero(~masks.any(axis=1)):
+        masks[expert, logits[expert].argmax()] = True
+    return masks

@@ -1,0 +1,272 @@
+"""ToMoE: what is learnt and its loss by slow computations, the exported model against the masked one, storage."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from dense_models import HIDDEN, LAYERS, WIDTH, save_dense
+from espalier import conf, runtime
+from espalier.apply import apply
+from espalier.checkpoint import Checkpoint
+from espalier.errors import UserError
+from espalier.fit import fit
+from espalier.fits.tomoe import MEDIAN, Fit
+from espalier.methods import build, make_plan
+from espalier.methods.signatures import path, pieces, segments_of
+from espalier.running import Running
+from espalier.stats import Stats
+
+RUNNING = Running.of(device="cpu", stream="never")
+IDS = np.random.default_rng(0).integers(3, 95, (12, 16)).astype(np.int32)
+CONFIG = conf.load("method", "tomoe")
+SMALL = {"experts": 4, "embedding": 16, "tokens": 60 * 64, "rate": 0.02, "offset": 1.0}
+
+
+def make(**keys):
+    return build(CONFIG | SMALL | keys)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    @cache
+    def model(family):
+        return save_dense(family, tmp_path_factory.mktemp(family) / "model")
+
+    return model
+
+
+@pytest.fixture(scope="module")
+def learnt(models, tmp_path_factory):
+    @cache
+    def run(family, **keys):
+        return fit(models(family), make(**keys).fit, IDS, None, RUNNING, tmp_path_factory.mktemp("fit"))
+
+    return run
+
+
+def learner(models, family="llama", **own):
+    directory = models(family)
+    model = runtime.load(directory, "float32").requires_grad_(False)
+    settings = make().fit.own | own
+    return Fit(model, Checkpoint(directory).dense_shape(), Checkpoint(directory).dense_family, **settings)
+
+
+# What is learnt
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_the_loss_by_hand(family, models):
+    own = learner(models, family)
+    own.noisy = False
+    with torch.no_grad():  # so that masks differ
+        for decoder in own.decoders:
+            decoder.weight.mul_(20)
+    ids = torch.tensor(IDS[:2]).long()
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    terms = {name: float(value) for name, value in own(ids, mask).items()}
+    with torch.no_grad():
+        embeddings = own.embeddings()
+        logits = [own.logits(n, embeddings[n]).double().numpy() for n in range(LAYERS)]
+        target = own.model(input_ids=ids, attention_mask=mask).logits.double()
+        with own.masked(embeddings):
+            found = own.model(input_ids=ids, attention_mask=mask).logits.double()
+        chosen = [each.argmax(1).reshape(2, -1) for each in own._choices]
+    total, count = 0.0, 0
+    for b in range(2):
+        for t in range(ids.shape[1]):
+            if mask[b, t]:
+                total -= float((target[b, t].softmax(-1) * found[b, t].log_softmax(-1)).sum())
+                count += 1
+    assert terms["distill"] == pytest.approx(2 * total / count, rel=1e-5)
+    masks = [each - np.log(np.log(2)) > 0 for each in logits]
+    rho = np.mean([max(row.sum() for row in each) for each in masks]) / WIDTH
+    apart = max(rho + 1e-3, 0.501) / min(rho + 1e-3, 0.501)
+    assert terms["budget"] == pytest.approx(16 * np.log(apart), rel=1e-5)
+    unions = [each.any(axis=0).mean() for each in masks]
+    assert terms["union"] == pytest.approx(3 * sum(np.log(1.001 / (u + 1e-3)) for u in unions) / (2 * LAYERS), rel=1e-5)
+    balance = []
+    for each in chosen:
+        kept = each[mask.bool()].numpy()
+        balance.append(sum((kept == e).mean() ** 2 for e in range(4)))
+    assert terms["balance"] == pytest.approx(np.mean(balance), rel=1e-5)
+
+
+def test_all_masks_on_is_the_dense_model(models):
+    own = learner(models, offset=50.0)
+    ids = torch.tensor(IDS[:3]).long()
+    with torch.no_grad():
+        expected = own.model(input_ids=ids).logits
+        with own.masked(own.embeddings()):
+            found = own.model(input_ids=ids).logits
+        after = own.model(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert torch.equal(after, expected)  # the model is left as it was
+
+
+def test_noise_is_gumbel_s_and_gradients_pass_straight_through(models):
+    own = learner(models)
+    torch.manual_seed(0)
+    on = torch.stack([own.mask(torch.full((2000,), 0.3)) for _ in range(10)]).mean()
+    # P(0.3 + g > 0) with g of Gumbel's distribution: 1 - exp(-exp(0.3))
+    assert float(on) == pytest.approx(1 - np.exp(-np.exp(0.3)), abs=0.01)
+    own.noisy = False
+    logits = torch.tensor([-1.0, 0.5], requires_grad=True)
+    mask = own.mask(logits)
+    assert mask.tolist() == [0.0, 1.0]
+    mask.sum().backward()
+    soft = (torch.tensor([-1.0, 0.5]) / 0.4).sigmoid()
+    torch.testing.assert_close(logits.grad, soft * (1 - soft) / 0.4)
+
+
+def test_training_brings_the_masks_to_the_budget_and_uses_every_part(learnt):
+    stats, curve = learnt("llama")
+    assert curve[-1].terms["budget"] < curve[0].terms["budget"]
+    assert curve[-1].loss < curve[0].loss
+    widths = [max((row > 0).mean() for row in arrays["logits"]) for _, arrays in stats.layers("tomoe")]
+    assert np.mean(widths) == pytest.approx(0.5, abs=0.1)
+
+
+def test_an_interrupted_fit_ends_with_the_same_numbers(models, learnt, tmp_path, monkeypatch):
+    whole, _ = learnt("llama", tokens=8 * 64)
+    heard = []
+
+    def log(values):
+        heard.append(values)
+        if len(heard) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("espalier.train.TrainingState.due", lambda self: True)
+    fitting = make(tokens=8 * 64).fit
+    with pytest.raises(KeyboardInterrupt):
+        fit(models("llama"), fitting, IDS, None, RUNNING, tmp_path / "state", log=log)
+    again, _ = fit(models("llama"), fitting, IDS, None, RUNNING, tmp_path / "state")
+    for key, arrays in whole.arrays.items():
+        for name, array in arrays.items():
+            assert np.array_equal(again.arrays[key][name], array)
+
+
+# What becomes of it
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
+def test_the_exported_model_computes_what_the_masked_one_does(family, models, learnt, tmp_path):
+    stats, _ = learnt(family, exact=False)
+    directory, shape = models(family), Checkpoint(models(family)).dense_shape()
+    plan = make_plan(make(exact=False), stats, shape, directory)
+    apply(directory, plan, tmp_path / "out")
+    own = learner(models, family)
+    own.noisy = False
+    with torch.no_grad():
+        for n, (_, arrays) in enumerate(stats.layers("tomoe")):
+            own.routers[n].weight.copy_(torch.from_numpy(arrays["router"]))
+        kept = {n: torch.from_numpy(arrays["logits"]) - MEDIAN for n, (_, arrays) in enumerate(stats.layers("tomoe"))}
+        # r V is one of the embeddings: those of experts are numbered through here.
+        own.logits = lambda layer, chosen: chosen @ kept[layer]
+        with own.masked(torch.eye(4).expand(LAYERS, 4, 4)):
+            expected = own.model(input_ids=torch.tensor(IDS).long()).logits
+        found = runtime.load(tmp_path / "out")(input_ids=torch.tensor(IDS).long()).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.7])
+def test_the_ratio_is_met_by_the_widest_experts(ratio, models, learnt):
+    stats, _ = learnt("llama")
+    plan = make_plan(make(ratio=ratio), stats, Checkpoint(models("llama")).dense_shape(), models("llama"))
+    widest = [max(plan.evidence[layer]["widths"]) for layer in range(LAYERS)]
+    assert np.mean(widest) / WIDTH == pytest.approx(1 - ratio, abs=0.5 / WIDTH + 1e-9)
+    for layer, operations in plan.layers.items():
+        assert operations[0].widest == max(plan.evidence[layer]["widths"])
+
+
+def test_one_expert_is_static_pruning(models, tmp_path):
+    shape, directory = Checkpoint(models("llama")).dense_shape(), models("llama")
+    method = make(experts=1)
+    stats, _ = fit(directory, method.fit, IDS, None, RUNNING, tmp_path / "state")
+    plan = make_plan(method, stats, shape, directory)
+    assert all(operations[0].router == "none" for operations in plan.layers.values())
+    report = apply(directory, plan, tmp_path / "out")
+    assert Checkpoint(tmp_path / "out").parameters < Checkpoint(directory).parameters
+    assert report["proof"]["max_abs_diff"] is not None
+
+
+def test_an_expert_without_neurons_gets_its_best(models):
+    shape = Checkpoint(models("llama")).dense_shape()
+    logits = np.full((4, WIDTH), -5.0, np.float32)
+    logits[:3] = np.random.default_rng(0).normal(0, 1, (3, WIDTH))
+    logits[3, 7] = -4.0
+    router = np.zeros((4, HIDDEN), np.float32)
+    stats = Stats(shape, (), {("tomoe", n): {"logits": logits, "router": router} for n in range(LAYERS)})
+    plan = make_plan(make(exact=False), stats, shape, models("llama"))
+    assert plan.evidence[0]["widths"][3] == 1
+
+
+# Storage
+
+
+def test_segments_are_signatures():
+    masks = np.random.default_rng(2).random((5, 200)) < 0.5
+    masks[:, 17] = False
+    neurons, segments, units = segments_of(masks)
+    assert sorted(neurons) == [n for n in range(200) if n != 17 and masks[:, n].any()]
+    starts = np.cumsum([0, *segments])
+    for expert, unit in enumerate(units):
+        stored = [n for s in unit for n in neurons[starts[s] : starts[s + 1]]]
+        assert sorted(stored) == np.flatnonzero(masks[expert]).tolist()
+    kinds = {tuple(masks[:, n]) for n in neurons}
+    assert len(segments) == len(kinds)
+    with pytest.raises(ValueError, match="an expert has no neuron"):
+        segments_of(np.zeros((2, 5), bool))
+
+
+def test_experts_of_all_signatures_lie_in_few_pieces():
+    """All 255 sets of eight experts: a Gray code leaves 16 pieces an expert in the mean, an order by chance 64."""
+    masks = np.array([[n >> expert & 1 for n in range(1, 256)] for expert in range(8)], bool)
+    _, segments, units = segments_of(masks)
+    assert pieces(segments, units) <= 20
+
+
+def test_a_path_is_an_order_and_not_longer_than_by_chance():
+    signatures = np.unique(np.random.default_rng(1).random((40, 6)) < 0.5, axis=0)
+    order = path(signatures, np.ones(len(signatures), int))
+    assert sorted(order) == list(range(len(signatures)))
+
+    def steps(order):
+        return (signatures[order][1:] != signatures[order][:-1]).sum()
+
+    chance = [steps(np.random.default_rng(n).permutation(len(signatures))) for n in range(50)]
+    assert steps(order) < min(chance)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("ratio", 1.5, "is not a fraction in"),
+        ("experts", 0, "is not a whole number >= 1"),
+        ("embedding", 18, "is not a multiple of 4. Use 16"),
+        ("temperature", 0, "is not a number above 0"),
+        ("budget", "much", "is not a number"),
+        ("exact", 1, "is not true or false"),
+        ("tokens", 0, "is not a whole number >= 1"),
+    ],
+)
+def test_bad_values_are_refused(key, value, message):
+    with pytest.raises(UserError, match=rf"conf/method/tomoe.yaml: {key}={value} {message}"):
+        make(**{key: value})
+
+
+def test_too_few_tokens_are_refused(models, tmp_path):
+    with pytest.raises(UserError, match=r"conf/method/tomoe.yaml: tokens=60 is less than one step of 64"):
+        fit(models("llama"), make(tokens=60).fit, IDS, None, RUNNING, tmp_path)
+
+
+def test_the_plan_says_what_it_was_made_with(models, learnt):
+    stats, _ = learnt("llama")
+    plan = make_plan(make(), stats, Checkpoint(models("llama")).dense_shape(), models("llama"))
+    assert plan.method == {key: value for key, value in (CONFIG | SMALL).items() if key != "_target_"}
+    assert json.loads(json.dumps(plan.document()))["layers"]["0"][0]["op"] == "split"
+    assert replace(plan.layers[0][0]) == plan.layers[0][0]
