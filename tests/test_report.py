@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,14 @@ def test_trees_are_cut_between_the_last_merge_done_and_the_first_left_out() -> N
         (cut,) = {y for drawn in axes.lines for y in drawn.get_ydata()}
         assert heights[1] < cut < heights[2]  # 6 experts in 4 groups: two merges
     assert plots.trees(keep_plan()) is None
+    # With a budget over all layers one may keep every expert: it has a tree and no merge.
+    whole = replace(plan, layers={LAYERS[0]: plan.layers[LAYERS[0]]})
+    figure = plots.trees(whole)
+    assert figure is not None
+    assert [axes.get_title(loc="left").partition(": ")[2] for axes in figure.axes] == [
+        "6 experts, 4 groups",
+        "6 experts, 6 groups",
+    ]
 
 
 def test_error_bars_are_those_of_the_paired_comparison() -> None:

@@ -258,8 +258,10 @@ def trees(plan: Plan) -> Figure | None:
     for axes, layer in zip(grid.flat, layers, strict=False):
         merges = np.array(plan.evidence[layer]["linkage"], dtype=float)  # [E - 1, 4]
         experts = len(merges) + 1
-        op = next(op for op in plan.layers[layer] if isinstance(op, Merge))
-        below = experts - len(op.groups)  # merges that were done
+        # A layer that keeps all of its experts (budget=global, knapsack) has no merge.
+        merge = next((op for op in plan.layers.get(layer, ()) if isinstance(op, Merge)), None)
+        groups = experts if merge is None else len(merge.groups)
+        below = experts - groups  # merges that were done
         heights = np.maximum.accumulate(merges[:, 2])
         cut = (heights[below - 1] + heights[below]) / 2 if 0 < below < len(heights) else None
         tree = merges.copy()
@@ -272,7 +274,7 @@ def trees(plan: Plan) -> Figure | None:
             collection.set_color(COLOURS[0])
         if cut is not None:
             axes.axhline(cut, color=COLOURS[1], lw=1, ls="--")
-        axes.set_title(f"layer {layer}: {experts} experts, {len(op.groups)} groups", loc="left")
+        axes.set_title(f"layer {layer}: {experts} experts, {groups} groups", loc="left")
         axes.spines["bottom"].set_visible(False)
         axes.set_ylabel("distance")
     for axes in grid.flat[len(layers) :]:
