@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from espalier.sources import calibration_tokens
 from espalier.store import MODELS, Store, read_json, run_record_path
 
 Document = dict[str, Any]
@@ -20,7 +21,7 @@ def passes(rows: Sequence[Document], store: Store) -> list[Document]:
         model = store.parent(plan, *MODELS)
         parents = [store.read_node(id) for id in plan["parents"]]
         makers = {parent["made_by"]: 1 for parent in parents if parent["stage"] == "probe"}
-        makers |= {parent["id"]: parent["config"]["fit"]["epochs"] for parent in parents if parent["stage"] == "fit"}
+        makers |= {parent["id"]: _read(parent, store) for parent in parents if parent["stage"] == "fit"}
         if any(parent["stage"] == "tokens" for parent in parents):
             record = run_record_path(store.path(plan))
             makers[plan["id"]] = read_json(record, "espalier.run/1").get("passes", 1) if record.exists() else 1
@@ -37,6 +38,15 @@ def passes(rows: Sequence[Document], store: Store) -> list[Document]:
             )
             entry["plans"].append(plan["id"])
     return list(found.values())
+
+
+def _read(fit: Document, store: Store) -> int:
+    """Return how often a fit reads its calibration; a part of it counts as once."""
+    fitting = fit["config"]["fit"]
+    all_tokens = calibration_tokens(store.parent(fit, "tokens")["config"])
+    if fitting.get("tokens") is None or not all_tokens:
+        return int(fitting["epochs"])
+    return -(-int(fitting["tokens"]) // all_tokens)
 
 
 def _plans(rows: Sequence[Document], store: Store) -> list[Document]:

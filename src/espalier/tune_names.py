@@ -36,8 +36,6 @@ def tuned_names(source: Path, dtype: str, tuning: Tuning) -> dict[str, str]:
             if recipe is None or recipe.converter is not None:
                 raise UserError(f"{source}: {full} is no tensor of the files, so that it cannot be tuned.")
             found[full] = recipe.names[0]
-    if not found:
-        raise UserError(f"{source}: has no router to tune.")
     return found
 
 
