@@ -24,6 +24,10 @@ def tuned_names(source: Path, dtype: str, tuning: Tuning) -> dict[str, str]:
     parts = list(
         _dense_parts(model, checkpoint, tuning) if checkpoint.is_dense else _routers(model, checkpoint, tuning)
     )
+    if not parts:
+        raise UserError(
+            f"{source}: has no router to tune. Split the model first (method=dsmoe, say), or use train=ffn."
+        )
     if tuning.norms and tuning.train != "all":
         parts += [module for module in model.modules() if type(module).__name__.endswith("Norm")]
     found: dict[str, str] = {}
