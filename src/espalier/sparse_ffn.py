@@ -22,6 +22,11 @@ from torch.nn import functional
 
 # A single token computes so many neurons more rather than read the weights in two pieces.
 GAP = 32
+ALIGN = 64
+# So many columns of a matrix that lie side by side are read as fast as rows.
+WIDE = 512
+# Reading a neuron's weights takes as long as so many products with them (measured on a processor in bfloat16).
+TOKENS_A_READ = 32
 
 
 class SparseFFN(nn.Module):
@@ -64,10 +69,7 @@ class SparseFFN(nn.Module):
         backend = self.backend
         if backend == "auto":
             backend = "masked" if torch.is_grad_enabled() or self.training else "grouped"
-        if backend == "masked":
-            output = self._project(self._inner(flat) * self.neuron_weights(weights).to(flat.dtype), 0, self._edges[-1])
-        else:
-            output = self._grouped(flat, weights)
+        output = self._masked(flat, weights) if backend == "masked" else self._grouped(flat, weights)
         return output.view_as(hidden)
 
     def unit_width(self, unit: int) -> int:
@@ -116,23 +118,29 @@ class SparseFFN(nn.Module):
         used[:, : self.shared] = True
         return (used * torch.tensor(self.segments, device=weights.device)).sum(dim=1)
 
+    def _masked(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        inner = self._inner(hidden) * self.neuron_weights(weights).to(hidden.dtype)
+        return self._project(inner, 0, self._edges[-1])
+
     def _inner(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the activations of the neurons start..stop, [T, stop - start]."""
-        rows = slice(start, stop)
-        up = functional.linear(hidden, self.up.weight[rows], None if self.up.bias is None else self.up.bias[rows])
+        up = _rows(self.up, hidden, start, stop)
         if self.gate is None:
             activated: Tensor = self._activation(up)
             return activated
-        bias = None if self.gate.bias is None else self.gate.bias[rows]
-        inner: Tensor = self._activation(functional.linear(hidden, self.gate.weight[rows], bias)) * up
+        inner: Tensor = self._activation(_rows(self.gate, hidden, start, stop)) * up
         return inner
 
-    def _project(self, inner: Tensor, start: int, stop: int, bias: bool = True) -> Tensor:
-        return functional.linear(inner, self.down.weight[:, start:stop], self.down.bias if bias else None)
+    def _project(self, inner: Tensor, start: int, stop: int) -> Tensor:
+        return functional.linear(inner, self.down.weight[:, start:stop], self.down.bias)
 
     def _grouped(self, hidden: Tensor, weights: Tensor) -> Tensor:
         if len(hidden) == 1:
             return self._one_token(hidden, weights)
+        chosen = weights != 0
+        counts = chosen.sum(dim=0).tolist()
+        if not self._worth_grouping(len(hidden), counts):
+            return self._masked(hidden, weights)
         always = self._edges[self.shared]
         if always:
             output = self._project(self._inner(hidden, 0, always), 0, always)
@@ -140,54 +148,94 @@ class SparseFFN(nn.Module):
             output = hidden.new_zeros(hidden.shape)
             if self.down.bias is not None:
                 output = output + self.down.bias
-        chosen = weights != 0
-        for unit in range(len(self.units)):
-            tokens = chosen[:, unit].nonzero()[:, 0]
-            if not len(tokens):
-                continue
-            part = self._run_unit(unit, hidden[tokens])
-            output.index_add_(0, tokens, (part * weights[tokens, unit].unsqueeze(1).to(part.dtype)).to(output.dtype))
+        for unit, count in enumerate(counts):
+            if count:
+                tokens = chosen[:, unit].nonzero()[:, 0]
+                inner = self._pieces(hidden[tokens], self._merged(tuple(self.units[unit]), 0))
+                inner = inner * weights[tokens, unit].unsqueeze(1).to(inner.dtype)
+                output.index_add_(0, tokens, self._down_pieces(inner, self._merged(tuple(self.units[unit]), 0), None))
         return output
 
-    def _run_unit(self, unit: int, hidden: Tensor) -> Tensor:
-        """Return what one unit gives for tokens [t, D]."""
-        runs = self._merged(tuple(self.units[unit]), 0)
-        if len(runs) == 1:
-            start, stop = runs[0]
-            return self._project(self._inner(hidden, start, stop), start, stop, bias=False)
-        # Its rows are scattered: gathered once for all of its tokens.
-        rows = torch.cat([torch.arange(start, stop, device=hidden.device) for start, stop in runs])
+    def _worth_grouping(self, tokens: int, counts: list[int]) -> bool:
+        """Whether the units, run one by one on so many tokens each, take less time than all neurons on all `tokens`.
 
-        def picked(linear: nn.Linear) -> Tensor:
-            return functional.linear(hidden, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
-
-        up = picked(self.up)
-        inner = self._activation(up) if self.gate is None else self._activation(picked(self.gate)) * up
-        return functional.linear(inner, self.down.weight[:, rows])
+        A neuron's weights are read once for all of a unit's tokens, which takes as long as TOKENS_A_READ products.
+        """
+        whole = sum(self.segments) * (1 + tokens / TOKENS_A_READ)
+        always = self._edges[self.shared] * (1 + tokens / TOKENS_A_READ)
+        parts = (self.unit_width(unit) * (1 + n / TOKENS_A_READ) for unit, n in enumerate(counts) if n)
+        return bool(always + sum(parts) < whole)
 
     def _one_token(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """Run the segments of one token's units, read in as few pieces as is worth it."""
-        by_segment = weights[0] @ self.membership(weights.device)  # [S]
-        by_segment[: self.shared] = 1.0
-        segments = tuple(by_segment.nonzero()[:, 0].tolist())
-        plain = all(value == 1.0 for value in by_segment[list(segments)].tolist())
-        output: Tensor | None = None
-        for start, stop in self._merged(segments, GAP):
-            inner = self._inner(hidden, start, stop)
-            first, last = self._edges_within(start, stop)
-            if not plain or any(by_segment[s] == 0 for s in range(first, last)):
-                sizes = torch.tensor(self.segments[first:last], device=hidden.device)
-                inner = inner * by_segment[first:last].repeat_interleave(sizes).to(inner.dtype)
-            part = self._project(inner, start, stop, bias=output is None)
-            output = part if output is None else output + part
-        assert output is not None
+        values = (weights[0] @ self.membership(weights.device)).tolist()  # [S]
+        values[: self.shared] = [1.0] * self.shared
+        segments = tuple(segment for segment, value in enumerate(values) if value)
+        runs = self._rounded(segments)
+        inner = self._pieces(hidden, runs)
+        plain = all(values[segment] == 1.0 for segment in segments)
+        if not plain or inner.shape[1] != sum(self.segments[segment] for segment in segments):
+            factors = self.neuron_weights(weights)[0]  # 0 for what was read only to save a piece
+            kept = torch.cat([factors[start:stop] for start, stop in runs])
+            inner = inner * kept.to(inner.dtype)
+        return self._down_pieces(inner, runs, self.down.bias)
+
+    def _rounded(self, segments: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Return the stretches of neurons that hold `segments`, several of them in lengths that are multiples of ALIGN.
+
+        Libraries compile a product for every new size, which takes longer than the product.
+        """
+        key = (-1, *segments)
+        if key not in self._runs:
+            runs = list(self._merged(segments, GAP))
+            if len(runs) > 1:
+                rounded: list[tuple[int, int]] = []
+                for start, stop in runs:
+                    if rounded and start <= rounded[-1][1]:
+                        start = rounded.pop()[0]
+                    length = -(-(stop - start) // ALIGN) * ALIGN
+                    rounded.append((start, min(start + length, self._edges[-1])))
+                runs = rounded
+            self._runs[key] = runs
+        return self._runs[key]
+
+    def _pieces(self, hidden: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+        """Return the activations of the neurons of some stretches, side by side, for tokens [t, D]."""
+        if len(runs) == 1:
+            return self._inner(hidden, *runs[0])
+        up = torch.cat([_rows(self.up, hidden, *run) for run in runs], dim=1)
+        if self.gate is None:
+            activated: Tensor = self._activation(up)
+            return activated
+        inner: Tensor = self._activation(torch.cat([_rows(self.gate, hidden, *run) for run in runs], dim=1)) * up
+        return inner
+
+    def _down_pieces(self, inner: Tensor, runs: list[tuple[int, int]], bias: Tensor | None) -> Tensor:
+        """Return the output [t, D] of activations that lie side by side as `_pieces` returns them."""
+        if len(runs) == 1:
+            start, stop = runs[0]
+            return functional.linear(inner, self.down.weight[:, start:stop], bias)
+        rows = self._down_by_neuron() if inner.shape[1] < len(runs) * WIDE else self.down.weight.t()
+        output = inner.new_zeros(len(inner), rows.shape[1]) if bias is None else bias.expand(len(inner), -1)
+        done = 0
+        for start, stop in runs:
+            output = torch.addmm(output, inner[:, done : done + stop - start], rows[start:stop])
+            done += stop - start
         return output
 
-    def _edges_within(self, start: int, stop: int) -> tuple[int, int]:
-        return self._edges.index(start), self._edges.index(stop)
+    def _down_by_neuron(self) -> Tensor:
+        """Return the transposed down projection [F', D], whose rows lie together from the first call on.
+
+        A neuron's column of the matrix lies scattered over all its rows; the parameter keeps its shape and values.
+        """
+        weight = self.down.weight
+        if not weight.t().is_contiguous() and not torch.is_grad_enabled():
+            with torch.inference_mode(False):
+                weight.data = weight.detach().t().contiguous().t()
+        return weight.t()
 
     def _merged(self, segments: Sequence[int], gap: int) -> list[tuple[int, int]]:
-        """Return the stretches of neurons that hold `segments`, those less than `gap` apart joined."""
+        """Return the stretches of neurons that hold `segments`, those at most `gap` apart joined."""
         key = (gap, *segments)
         if key not in self._runs:
             if len(self._runs) > 4096:  # combinations of units that tokens chose
@@ -306,6 +354,12 @@ class Router(nn.Module):
             gated = gated.detach() + q - q.detach()
         weights = gated * (self.units / chosen.sum(dim=1, keepdim=True))
         return weights
+
+
+def _rows(linear: nn.Linear, hidden: Tensor, start: int, stop: int | None) -> Tensor:
+    """Return what the outputs start..stop of a linear layer are for `hidden` [T, D]."""
+    bias = None if linear.bias is None else linear.bias[start:stop]
+    return functional.linear(hidden, linear.weight[start:stop], bias)
 
 
 def _oracle(settings: dict[str, Any]) -> bool:

@@ -7,6 +7,8 @@ single token reads few stretches of the weights.
 Shapes: E experts, F neurons, S segments.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -61,6 +63,6 @@ def path(signatures: NDArray[np.bool_], sizes: NDArray[np.int64]) -> NDArray[np.
     return found
 
 
-def pieces(segments: tuple[int, ...], units: tuple[tuple[int, ...], ...]) -> float:
+def pieces(units: Sequence[Sequence[int]]) -> float:
     """Return in how many stretches of the stored neurons an expert lies, the mean over experts."""
     return float(np.mean([1 + int((np.diff(unit) > 1).sum()) for unit in units]))

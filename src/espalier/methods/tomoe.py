@@ -107,7 +107,7 @@ class Tomoe:
                 router = {"router": "linear", "k": 1, "units": units, "tensors_of": {"weight": weight}}
             layers[layer] = (Split(segments, neurons=name, **router),)
             widths = masks.sum(axis=1)
-            evidence[layer] = {"widths": widths.tolist(), "stored": len(neurons), "pieces": pieces(segments, units)}
+            evidence[layer] = {"widths": widths.tolist(), "stored": len(neurons), "pieces": pieces(units)}
         return Plan({"name": "tomoe"} | asdict(self), layers, evidence, tensors=tensors)
 
     def _shift(self, logits: list[NDArray[np.float32]]) -> float:
