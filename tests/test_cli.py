@@ -108,16 +108,16 @@ def test_calibration_mistakes(models, tmp_path, capsys, tokens, message):
 
 
 def test_model_mistakes(models, tmp_path, capsys):
-    dense = change_config(models, tmp_path / "a", model_type="llama", num_local_experts=None)
+    dense = change_config(models, tmp_path / "a", model_type="gpt2", num_local_experts=None)
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(
         json.dumps(
-            {k: v for k, v in config.items() if "expert" not in k and k != "model_type"} | {"model_type": "llama"}
+            {k: v for k, v in config.items() if "expert" not in k and k != "model_type"} | {"model_type": "gpt2"}
         )
     )
     unknown = change_config(models, tmp_path / "b", model_type="dbrx")
     cases = {
-        dense: "model_type='llama' is a dense model without experts",
+        dense: "model_type='gpt2' is a dense model without experts",
         unknown: "model_type='dbrx' is a Mixture-of-Experts family that Espalier does not know",
         "/no/such/model": "/no/such/model: no such directory",
         "mixtrall": "no conf/model/mixtrall.yaml",
