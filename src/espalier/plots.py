@@ -37,6 +37,7 @@ STYLE = {
 }
 WIDTH = 10.5  # inches
 NUMBERED = 32  # experts a layer, up to which groups carry their number
+LEGEND_ROWS, LEGEND_COLUMNS = 16, 6  # of methods beside the panels; below them
 TREES = 12  # layers, up to which every tree is drawn
 
 Document = Mapping[str, Any]
@@ -88,7 +89,12 @@ def quality(summary: Sequence[Document], baseline: str | None) -> Figure | None:
     for axes, key in zip(all_axes, panels, strict=True):
         _quality_panel(axes, key, families, full)
     handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    # What stands beside the panels is cut where it is higher than they are: many names go below, in columns.
+    if len(labels) > LEGEND_ROWS:
+        figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / LEGEND_COLUMNS))
+        figure.legend(handles, labels, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
+    else:
+        figure.legend(handles, labels, loc="outside right upper", frameon=False)
     return figure
 
 
