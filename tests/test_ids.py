@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from espalier.errors import UserError
-from espalier.store import VERSION, Node, Store, canonical, content_revision, digest, identity
+from espalier.store import VERSION, Node, Store, atomic_file, canonical, content_revision, digest, identity
 
 
 def chain(ratio=0.5, label="", made_by=""):
@@ -123,3 +124,17 @@ def test_no_torch_before_a_stage_runs():
         " espalier.stats, espalier.cli, espalier.families; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path = tmp_path / "stats[1].json"
+    host = socket.gethostname()
+    mine, abandoned = f".{path.name}.{host}.{os.getppid()}.tmp", f".{path.name}.{host}.{dead.pid}.tmp"
+    elsewhere, others = f".{path.name}.other-machine.{dead.pid}.tmp", f".stats.json.{host}.{dead.pid}.tmp"
+    for name in (mine, abandoned, elsewhere, others):
+        (tmp_path / name).write_text("half")
+    with atomic_file(path) as temporary:
+        temporary.write_text("whole")
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, mine, elsewhere, others}

@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -195,7 +197,21 @@ def read_json(path: Path, *formats: str) -> dict[str, Any]:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes of this machine that were killed while they wrote `path` left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(socket.gethostname())}.*.tmp"):
+        writer = left.name.removesuffix(".tmp").rpartition(".")[2]
+        if not writer.isdigit():
+            continue
+        try:
+            os.kill(int(writer), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except OSError:  # it runs, as somebody else's
+            pass
 
 
 def _umask() -> int:
@@ -208,7 +224,8 @@ def _umask() -> int:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it on success, remove it on failure.
 
-    Raises UserError when the disk is full; whatever `path` held before stays.
+    What a process that was killed here left behind goes too. Raises UserError when the disk is full; whatever `path`
+    held before stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -216,6 +233,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else may read
         temporary.replace(path)
+        _remove_abandoned(path)
     except OSError as error:
         raise _disk_error(error, path) from error
     except Exception as error:
