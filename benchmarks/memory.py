@@ -215,15 +215,19 @@ def measure(command: list[str], folder: Path) -> dict[str, float]:
     return {"memory": memory, "disk": disk, "seconds": time.monotonic() - start}
 
 
-def _anonymous(pid: int) -> float:
-    """RssAnon of a process and its children in bytes; 0 for one that has ended."""
+def _anonymous(pid: int, parent: str = "") -> float:
+    """RssAnon of a process and its children in bytes; 0 for one that has ended.
+
+    A child with its parent's command line is a fork about to start another program: its pages are the parent's.
+    """
     try:
+        command = Path(f"/proc/{pid}/cmdline").read_text()
         status = Path(f"/proc/{pid}/status").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0.0
     own = next((1024.0 * float(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0.0)
-    return own + sum(_anonymous(int(child)) for child in children)
+    return 0.0 if command == parent else own + sum(_anonymous(int(child), command) for child in children)
 
 
 def _size(folder: Path) -> float:

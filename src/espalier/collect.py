@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from espalier.checkpoint import Checkpoint
+from espalier import heap
 from espalier.dense_families import DenseFamily
 from espalier.errors import UserError, nearest
 from espalier.families import Family
@@ -63,6 +64,7 @@ def collect(
                 for observer in observers:
                     observation.expect(observer, number)
                 _forward(model, batch)
+                heap.trim()  # else the pieces that probes keep hold what this batch freed between them
                 if progress is not None:
                     progress(min((number + 1) * batch_size, observation.sequences), observation.sequences)
             for observer in observers:

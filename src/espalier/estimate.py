@@ -36,7 +36,7 @@ CHOICE_LENGTH = 128  # tokens of a long choice with its context, where its task 
 GUARD_BYTES = 5e8  # beside a model, in apply's rule for its proof
 # Anonymous memory of a process with its libraries, measured: imports alone take 0.29 GB to collect or prove, 0.32 for
 # perplexities, 0.15 to apply (torch); lm-eval, its tasks and data sets take 0.1 more, a proof runs beside its parent.
-PROCESS = {"tokens": 2.2e8, "collect": 3.1e8, "plan": 6e7, "apply": 1.65e8, "proof": 4.6e8}
+PROCESS = {"tokens": 2.2e8, "collect": 3.1e8, "plan": 5e7, "weights": 2.5e8, "apply": 1.65e8, "proof": 4.6e8}
 PROCESS |= {"score": 4.3e8, "perplexity": 3.3e8}
 # Compiled products in bf16 and fp16 on a processor, kept by oneDNN and by PyTorch (espalier/heap.py): 64 each, 0.28 MB.
 KERNEL_BYTES = 2 * 64 * 2.8e5
@@ -167,9 +167,7 @@ def collect_cost(
     kept = statistics_bytes(sizes, tokens, probes)
     layers = max(len(sizes.moe), 1)
     streamed = streams(sizes, dtype, running, hardware)
-    # Arrays are kept in pieces, which a layer's are joined from. Of a whole model all layers' pieces lie between what
-    # its forward passes free, so that the heap keeps about as much again.
-    results = kept * (1 + 1 / layers if streamed else 2)
+    results = kept * (1 + 1 / layers)  # arrays are kept in pieces, which a layer's are joined from
     scores = replace(sizes, eager=sizes.eager or "token_importance" in probes)  # which looks at attention weights
     working = pass_bytes(scores, batch, length, each) + probe_bytes(sizes, batch, each, probes)
     cost = Cost(
@@ -257,9 +255,13 @@ def checkpoint_bytes(source: Path, ratios: list[float | None]) -> float:
     return total
 
 
-def plan_cost(statistics: float) -> Cost:
-    """Cost of a plan from statistics of so many bytes."""
-    return Cost(read=statistics, memory=PROCESS["plan"] + 2 * statistics)
+def plan_cost(statistics: float, sizes: Sizes | None = None) -> Cost:
+    """Cost of a plan from statistics of so many bytes; with `sizes`, of a method that reads weights, a layer a time."""
+    cost = Cost(read=statistics, memory=PROCESS["plan"] + 2 * statistics)
+    if sizes is None:
+        return cost
+    memory = PROCESS["weights"] + 2 * statistics + 4.0 * max(layer.feed_forward for layer in sizes.count.layers)
+    return replace(cost, read=statistics + sizes.disk_bytes, memory=memory)
 
 
 def tokens_cost() -> Cost:

@@ -20,6 +20,7 @@ from espalier.estimate import (
 from espalier.fit_cost import fit_cost
 from espalier.fit_settings import Fitting
 from espalier.hardware import Hardware
+from espalier.methods import build, is_for_dense
 from espalier.running import Running
 from espalier.sizes import Sizes, sizes_of_source
 from espalier.store import MODELS, Store
@@ -125,7 +126,9 @@ class Reckoner:
         if any(parent["stage"] == "tokens" for parent in parents):
             return self._plan_sequentially(job)
         probes = (parent for parent in parents if parent["stage"] == "probe")
-        return plan_cost(sum(map(self._statistics, probes)))
+        method = build({key: value for key, value in job["config"].items() if key != "dtype"})
+        reads = is_for_dense(method) or getattr(method, "reads_weights", False)
+        return plan_cost(sum(map(self._statistics, probes)), self._weights(job) if reads else None)
 
     def _plan_sequentially(self, job: Document) -> Cost:
         """A pass over the layers that carries the tokens three times, and keeps what a layer's probes gather."""

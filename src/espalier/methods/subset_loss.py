@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Kept = NDArray[np.bool_]
 
-BLOCK = 4096  # tokens a step; the working set stays in tens of megabytes
+BLOCK = 4096  # tokens a step, or choices of tokens; the working set stays in tens of megabytes
 MISROUTED = 1e-3  # of ||Z||^2: a hundred times what rounding to bf16 makes
 
 
@@ -224,13 +224,14 @@ def _pair_table(block: BlockLoss, tokens: Ints) -> Floats:
     experts = block.experts
     pairs = experts * (experts - 1) // 2
     table = np.zeros(pairs << (experts - 2))
-    for start in range(0, len(tokens), BLOCK // 2):
-        picks = Picks(block, tokens[start : start + BLOCK // 2], experts - 2)
+    step = max(8 * BLOCK // pairs, 1)
+    for start in range(0, len(tokens), step):
+        picks = Picks(block, tokens[start : start + step], experts - 2)
         low, high = picks.chosen.min(axis=-1), picks.chosen.max(axis=-1)
         dropped = _without_bit(_without_bit(picks.needed, high), low)
         pair = low * experts - low * (low + 1) // 2 + high - low - 1
         position = (pair << (experts - 2)) + dropped
-        table += np.bincount(position.ravel(), picks.error.ravel(), table.size)
+        np.add.at(table, position.ravel(), picks.error.ravel())
     return table.reshape(pairs, -1)
 
 
