@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from espalier.checkpoint import Checkpoint
 from espalier import heap
+from espalier.checkpoint import Checkpoint
 from espalier.dense_families import DenseFamily
 from espalier.errors import UserError, nearest
 from espalier.families import Family
