@@ -146,7 +146,7 @@ def score(directory: Path, running: Running) -> None:
     documents = [("a", " ".join(f"w{n}" for n in tokens().ravel()))]
     model = scoring._load_model(directory, Checkpoint(directory), "bfloat16", running)
     tokenizer = scoring.AutoTokenizer.from_pretrained(directory)
-    scoring._document_scores(model, tokenizer, {"text": (documents, LENGTH)}, running, None)
+    scoring._document_scores(model, tokenizer, {"text": scoring.Text(documents, LENGTH)}, running, None)
 
 
 def collected(sizes: Sizes, half: Sizes, running: Running, probes: tuple[str, ...]) -> Cost:

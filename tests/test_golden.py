@@ -200,12 +200,12 @@ def scored(work):
     from transformers import AutoTokenizer
 
     from espalier import runtime
-    from espalier.perplexity import document_scores
+    from espalier.perplexity import Text, document_scores
 
     directory = source(work)
     texts = [(str(n), " ".join(f"w{3 + (7 * n + 5 * m) % 90}" for m in range(10 + 9 * n))) for n in range(6)]
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    found = document_scores(runtime.load(directory, "float32"), tokenizer, texts, length=16)
+    found = document_scores(runtime.load(directory, "float32"), tokenizer, Text(texts, 16))
     return {score.id: [score.nll, score.tokens, score.bytes] for score in found}
 
 

@@ -168,3 +168,45 @@ def test_an_override_that_the_sweep_would_hide_is_refused(tmp_path):
         graph.expand("demo", ["method=reap"], Store(tmp_path))
     nodes = graph.expand("demo", ["sweep=[{method: reap}]"], Store(tmp_path)).nodes
     assert [node.label for node in nodes if node.stage == "plan"] == ["reap 50 %"]
+
+
+def test_divergences_share_the_originals_answers_and_a_process_with_the_perplexities(tmp_path, monkeypatch):
+    rest = "evaluation: {tasks: [perplexity_wiki, kl_wiki, kl_code], length: 64}"
+    store = project(tmp_path, monkeypatch, ["method: none", "{method: reap, method.ratio: [0.25, 0.5]}"])
+    path = tmp_path / "conf/experiment/mine.yaml"
+    path.write_text("# @package _global_\n" + rest + "\n" + path.read_text().split("\n", 2)[2])
+    experiment = graph.expand("mine", [], store)
+    found = stages(experiment)
+    assert (found["teacher"], found["task"]) == (2, 9)  # one text each, whatever is compared with it
+    graph.save(experiment, store)
+    nodes = {path.stem: store.read_node(path.stem) for path in (tmp_path / "results/nodes").glob("?" * 12 + ".json")}
+    scores = [node for node in nodes.values() if node["stage"] == "score"]
+    assert len(scores) == 3
+    for node in scores:
+        assert [nodes[id]["stage"] for id in node["parents"]] == [
+            nodes[node["parents"][0]]["stage"],
+            "teacher",
+            "teacher",
+        ]
+        for task, id in node["config"]["answers"].items():
+            (tokens,) = [nodes[parent] for parent in nodes[id]["parents"] if nodes[parent]["stage"] == "tokens"]
+            assert tokens["config"]["name"] == task
+            assert tokens["config"]["length"] == 64
+
+
+def test_a_divergence_needs_windows_of_one_length(tmp_path, monkeypatch):
+    store = project(tmp_path, monkeypatch, ["method: none"])
+    overrides = ["evaluation.tasks=[kl_wiki]", "evaluation.length=null"]
+    with pytest.raises(UserError, match="task kl_wiki compares windows of one length"):
+        graph.expand("mine", overrides, store)
+
+
+def test_compressed_models_are_timed_on_request(tmp_path, monkeypatch):
+    store = project(tmp_path, monkeypatch, ["method: none", "{method: reap, method.ratio: [0.25, 0.5]}"])
+    plain, timed = (graph.expand("mine", extra, store) for extra in ([], ["speed=one_thread"]))
+    assert stages(timed) - stages(plain) == Counter({"speed": 2})
+    apply = [node.id for node in timed.nodes if node.stage == "apply"]
+    assert [node.parents[0] for node in timed.nodes if node.stage == "speed"] == apply
+    assert {node.id for node in plain.nodes if node.stage == "task"} <= {node.id for node in timed.nodes}
+    with pytest.raises(UserError, match="rounds=1, expected a whole number >= 2"):
+        graph.expand("mine", ["speed=one_thread", "speed.rounds=1"], store)

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from espalier.errors import UserError
-from espalier.perplexity import default_length, document_scores, windows
+from espalier.perplexity import Text, default_length, document_scores
+from espalier.windows import windows
 from tiny import save_tiny
 
 LENGTHS = (1, 5, 7, 8, 13, 16, 31)
@@ -42,7 +43,7 @@ def one_token_at_a_time(model: PreTrainedModel, ids: list[int], start: int, leng
 @pytest.mark.parametrize("length", [8, 64])
 def test_scores_equal_the_plain_loop(loaded, documents, length: int) -> None:
     model, tokenizer = loaded
-    found = document_scores(model, tokenizer, documents, length=length, batch_size=4)
+    found = document_scores(model, tokenizer, Text(documents, length), batch_size=4)
     for (id, text), score in zip(documents, found, strict=True):
         ids = [int(word[1:]) for word in text.split()]
         assert (score.id, score.tokens, score.bytes) == (id, len(ids), len(text))
@@ -51,8 +52,8 @@ def test_scores_equal_the_plain_loop(loaded, documents, length: int) -> None:
 
 def test_batch_size_only_rounds(loaded, documents) -> None:
     model, tokenizer = loaded
-    one = document_scores(model, tokenizer, documents, length=8, batch_size=1)
-    many = document_scores(model, tokenizer, documents, length=8, batch_size=100)
+    one = document_scores(model, tokenizer, Text(documents, 8), batch_size=1)
+    many = document_scores(model, tokenizer, Text(documents, 8), batch_size=100)
     assert [s.nll for s in one] == pytest.approx([s.nll for s in many], rel=1e-6)
 
 
@@ -71,12 +72,12 @@ def test_length_beyond_the_positions_is_refused(loaded, documents) -> None:
     model, tokenizer = loaded
     assert default_length(model) == 256
     with pytest.raises(UserError, match="length=257 exceeds the model's 256 positions"):
-        document_scores(model, tokenizer, documents, length=257)
+        document_scores(model, tokenizer, Text(documents, 257))
 
 
 def test_progress_reaches_the_total(loaded, documents) -> None:
     model, tokenizer = loaded
     heard: list[tuple[int, int]] = []
-    document_scores(model, tokenizer, documents, length=8, batch_size=4, progress=lambda *p: heard.append(p))
+    document_scores(model, tokenizer, Text(documents, 8), batch_size=4, progress=lambda *p: heard.append(p))
     total = sum(math.ceil(length / 8) for length in LENGTHS)
     assert heard[-1] == (total, total)

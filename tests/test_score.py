@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from espalier import score as scoring
+from espalier import tokens, windows
 from espalier.errors import UserError
 from espalier.running import Running
+from espalier.teacher import make_teacher, save_teacher
 from tiny import save_tiny, save_tokenizer
 
 DOMAINS = ("wiki", "code")
@@ -66,7 +68,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def local_assets(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from espalier.embedded import tasks
 
-    monkeypatch.setattr(scoring, "text_directory", lambda: assets / "text")
+    for module in (scoring, windows):
+        monkeypatch.setattr(module, "text_directory", lambda: assets / "text")
     monkeypatch.setattr(tasks, "task_directory", lambda: assets / "tasks")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
@@ -216,3 +219,60 @@ def test_streamed_scores_are_those_of_the_loaded_model(moe):
     columns = ["task", "item", "correct", "tokens"]
     pd.testing.assert_frame_equal(samples[columns], whole[columns])
     assert samples["nll"].dropna().tolist() == pytest.approx(whole["nll"].dropna().tolist(), rel=1e-5)
+
+
+KL = {"task": "kl_wiki", "limit": None, "length": 16}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model with the same tokens."""
+    return save_tiny("mixtral", tmp_path_factory.mktemp("teacher"), seed=5)
+
+
+def answers_of(directory: Path, folder: Path) -> Path:
+    """What a model answers to the windows of the task, as the jobs of an experiment make it."""
+    config = {"name": "kl_wiki", "source": "windows", "domains": ["wiki"], "length": 16, "content": "x"}
+    ids, mask, facts = tokens.make_tokens(config, directory)
+    assert facts["tokens"] == sum(20 + n for n in range(10))
+    save_teacher(folder / "answers", make_teacher(directory, ids, mask, 128, "float32", CPU), {})
+    return folder / "answers"
+
+
+def test_divergence_is_the_kl_of_one_token_after_another(moe: Path, teacher: Path, tmp_path: Path) -> None:
+    answers = {"kl_wiki": answers_of(teacher, tmp_path)}
+    both = [KL, {"task": "perplexity_wiki", "limit": None, "length": 16}]
+    document, samples = scoring.score(moe, both, CPU, dtype="float32", answers=answers)
+    student, other = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (moe, teacher))
+    rows = samples[samples.task == "kl_wiki"].set_index("item")
+    texts = dict(windows.held_out("wiki", "kl_wiki"))
+    for item, text in texts.items():
+        ids = [1, *(int(word[1:]) for word in text.split())]
+        total = 0.0
+        for position in range(1, len(ids)):
+            start = (position - 1) // 16 * 16
+            with torch.no_grad():
+                p, q = (model(torch.tensor([ids[start:position]])).logits[0, -1] for model in (other, student))
+            p, q = p.double().log_softmax(0), q.double().log_softmax(0)
+            total += float((p.exp() * (p - q)).sum())
+        assert rows.loc[item, "kl"] == pytest.approx(total, rel=2e-3)
+        assert rows.loc[item, "tokens"] == len(ids) - 1
+    result = document["tasks"]["kl_wiki"]
+    assert result["value"] == pytest.approx(rows.kl.sum() / rows.tokens.sum())
+    assert (result["kind"], result["metric"], result["items"]) == ("divergence", "kl", 10)
+    alone, _ = scoring.score(moe, both[1:], CPU, dtype="float32")
+    assert alone["tasks"]["perplexity_wiki"] == document["tasks"]["perplexity_wiki"]
+
+
+def test_a_model_does_not_diverge_from_itself(moe: Path, tmp_path: Path) -> None:
+    streamed = Running.of(device="cpu", stream="always", score_batch_size=8, activation_memory=1000)
+    for running in (CPU, streamed):
+        document, _ = scoring.score(moe, [KL], running, dtype="float32", answers={"kl_wiki": answers_of(moe, tmp_path)})
+        assert 0 <= document["tasks"]["kl_wiki"]["value"] < 1e-5
+
+
+def test_a_divergence_without_answers_is_refused(moe: Path) -> None:
+    with pytest.raises(UserError, match="'kl_wiki' needs the original's answers"):
+        scoring.score(moe, [KL], CPU, dtype="float32")
+    with pytest.raises(UserError, match="'kl_wikki' is unknown; did you mean kl_wiki"):
+        scoring.score(moe, [KL | {"task": "kl_wikki"}], CPU, dtype="float32")

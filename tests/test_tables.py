@@ -365,6 +365,52 @@ def test_a_single_item_gives_null_intervals(tmp_path: Path) -> None:
     assert line["perplexity"]["low"] is None
 
 
+def test_divergences_neurons_and_times_stand_in_the_table(made: Made, tmp_path: Path) -> None:
+    generator = np.random.default_rng(8)
+    kl, times = [], []
+    for number, row in enumerate(made.rows):
+        score = made.store.read_node(made.store.read_node(row["scores"]["perplexity_wiki"])["made_by"])
+        path = made.store.path(score)
+        document = read_json(path, "espalier.scores/1")
+        frame = pd.DataFrame({"task": "kl_wiki", "item": [str(n) for n in range(20)]})
+        frame = frame.assign(kl=number * generator.random(20), tokens=np.arange(1, 21))
+        kl.append(frame)
+        document["tasks"]["kl_wiki"] = {"kind": "divergence", "metric": "kl", "value": 0.0, "items": 20}
+        document["active"] |= {"ffn": 0.5} if number else {}
+        save_scores(path, document, pd.concat([made.samples[number], frame], ignore_index=True))
+        task = Node("task", {"task": "kl_wiki"}, (row["weights"],), made_by=score["id"])
+        made.store.write_node(task)
+        row["scores"]["kl_wiki"] = task.id
+        if number:
+            node = Node("speed", {"n": number}, (row["weights"],))
+            made.store.write_node(node)
+            phase = {"ratios": [0.5, 0.6 + number / 10], "ideal": 0.4}
+            times.append(phase["ratios"])
+            path = made.store.path(made.store.read_node(node.id))
+            write_json(path, {"format": "espalier.speed/1", "prefill": phase, "decode": phase})
+            row["speed"] = node.id
+    table = made.table()
+    full, reap, drawn = table.summary
+    assert full["kl"]["value"] == 0
+    assert "ffn" not in full
+    assert reap["kl"]["value"] == pytest.approx(kl[1].kl.sum() / kl[1].tokens.sum())
+    each = [frame.kl.sum() / frame.tokens.sum() for frame in kl[2:]]
+    assert drawn["tasks"]["kl_wiki"]["value"] == pytest.approx(np.mean(each))
+    assert drawn["kl"]["low"] < drawn["kl"]["value"] < drawn["kl"]["high"]
+    assert reap["decode"]["value"] == pytest.approx(math.sqrt(0.5 * 0.7))
+    assert drawn["prefill"]["value"] == pytest.approx(math.exp(np.mean(np.log(times[1:]))))
+    assert "decode" not in full
+    table.write(tmp_path / "t")
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    header, _, first, second = (line.split("|")[1:-1] for line in lines[2:6])
+    cells = dict(zip([name.strip() for name in header], [cell.strip() for cell in second], strict=True))
+    assert cells["FFN %"] == "50.0"
+    assert cells["KL [95 %]"].startswith(f"{reap['kl']['value']:.3f} [")
+    assert cells["decode × [95 %] (ideal)"].endswith("(0.40)")
+    assert dict(zip([n.strip() for n in header], [c.strip() for c in first], strict=True))["FFN %"] == "100.0"
+    assert "KL wiki" in "\n".join(lines)
+
+
 def test_tables_import_no_torch() -> None:
     code = "import sys, espalier.tables; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

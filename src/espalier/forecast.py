@@ -11,7 +11,21 @@ from espalier.hardware import Hardware
 from espalier.reckon import Reckoner
 from espalier.store import Store
 
-ORDER = ("fetch", "tokens", "collect", "reduce", "fit", "plan", "apply", "teacher", "tune", "score", "table", "report")
+ORDER = (
+    "fetch",
+    "tokens",
+    "collect",
+    "reduce",
+    "fit",
+    "plan",
+    "apply",
+    "teacher",
+    "tune",
+    "score",
+    "speed",
+    "table",
+    "report",
+)
 
 
 @dataclass

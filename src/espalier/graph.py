@@ -9,9 +9,12 @@ from espalier import conf, methods, sources
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
 from espalier.labels import row_label
+from espalier.speed_settings import Timing
 from espalier.store import Node, Store, canonical, content_hash, digest, write_json
 from espalier.sweep import Composer, Config, Point, points
 from espalier.tune_settings import Tuning
+
+COMPARED = 128  # likeliest tokens of the uncompressed model that a divergence tells apart; the others are one class
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
         if row not in rows:
             rows.append(row)
     scores = [id for row in rows for id in row["scores"].values()]
+    scores += [row["speed"] for row in rows if "speed" in row]
     plans = [row["plan"] for row in rows if row["plan"]]
     baseline = next((n for n, row in enumerate(rows) if row["plan"] is None), None)
     compare = _published(base.get("compare"))
@@ -137,8 +141,12 @@ class _Builder:
             "seed": next((step["seed"] for step in steps if "seed" in step), None),
             "plan": plan,
             "weights": weights,
-            "scores": {task["task"]: self._task(task, weights, label) for task in self._tasks(config)},
+            "scores": {task["task"]: self._task(task, weights, label, fetch) for task in self._tasks(config)},
         }
+        if config["speed"]["name"] != "none" and weights != fetch:
+            Timing.of(config["speed"])  # a bad key is told before anything runs
+            timed = {"speed": config["speed"], "dtype": model["dtype"]}
+            row["speed"] = self.add(Node("speed", timed, (weights, fetch), label))
         # Rows of experiments without tuning keep the form, and so the id, that they had before there was any.
         return row | ({"tuning": config["tuning"]["name"]} if tuned else {})
 
@@ -182,8 +190,21 @@ class _Builder:
         config = {"probe": name, "dtype": model["dtype"], "_shards": shards}
         return self.add(Node("probe", config, (weights, tokens), name))
 
-    def _task(self, task: Config, weights: str, label: str) -> str:
-        return self.add(Node("task", task, (weights,), f"{label}: {task['task']}"))
+    def _task(self, task: Config, weights: str, label: str, fetch: str) -> str:
+        parents = [weights]
+        if str(task["task"]).startswith("kl_"):
+            parents.append(self._answers(task, fetch))
+        return self.add(Node("task", task, tuple(parents), f"{label}: {task['task']}"))
+
+    def _answers(self, task: Config, fetch: str) -> str:
+        """Add the nodes that keep what the uncompressed model answers to a task's windows, and return the last."""
+        name, length = str(task["task"]), task.get("length")
+        if length is None:
+            raise UserError(f"task {name} compares windows of one length. Give evaluation.length=512, say.")
+        text = {"name": name, "source": "windows", "domains": [name.removeprefix("kl_")], "length": length}
+        tokens = self.add(Node("tokens", text | {"content": task["content"]}, (fetch,), f"windows of {name}"))
+        answers = {"top": COMPARED, "dtype": task["dtype"]}
+        return self.add(Node("teacher", answers, (fetch, tokens), f"top {COMPARED}"))
 
     def _tasks(self, config: Config) -> list[Config]:
         evaluation = {key: value for key, value in config["evaluation"].items() if key not in ("tasks", "name")}
@@ -211,16 +232,23 @@ def save(experiment: Experiment, store: Store) -> dict[str, Any]:
     for node in experiment.nodes:
         if node.stage in ("probe", "task") and not store.has_node(node.id):
             shards = str(node.config.get("_shards", 1))
-            bundles.setdefault((node.stage, *node.parents, str(node.config["dtype"]), shards), []).append(node)
+            # Tasks of one model go together; some also have the original's answers among their parents.
+            parents = node.parents if node.stage == "probe" else node.parents[:1]
+            bundles.setdefault((node.stage, *parents, str(node.config["dtype"]), shards), []).append(node)
     makers: dict[str, str] = {}
-    for (stage, *parents, dtype, shards), members in bundles.items():
+    for (stage, *_, dtype, shards), members in bundles.items():
         members.sort(key=lambda node: node.id)
+        parents = tuple(dict.fromkeys(parent for node in members for parent in node.parents))
+        config: Config
         if stage == "probe":
             config = {"probes": [node.config["probe"] for node in members], "dtype": dtype}
-            maker = _collecting(config, tuple(parents), int(shards), store)
+            maker = _collecting(config, parents, int(shards), store)
         else:
             config = {"tasks": [node.config for node in members], "dtype": dtype}
-            maker = Node("score", config, tuple(parents), members[0].label.rsplit(":", 1)[0])
+            answers = {node.config["task"]: node.parents[1] for node in members if len(node.parents) > 1}
+            if answers:
+                config["answers"] = answers
+            maker = Node("score", config, parents, members[0].label.rsplit(":", 1)[0])
         store.write_node(maker)
         makers |= dict.fromkeys((node.id for node in members), maker.id)
     for node in experiment.nodes:

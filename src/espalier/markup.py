@@ -40,6 +40,11 @@ def between(found: Document, key: str, show: Callable[[float | None], str]) -> s
     return show(value) if low is None else f"{show(value)} [{show(low)}, {show(high)}]"
 
 
+def nats(value: float | None) -> str:
+    """Format a divergence: three digits after the point."""
+    return NONE if value is None else f"{value:.3f}"
+
+
 def millions(value: float) -> str:
     """Format a number of parameters in millions, three digits or more."""
     return f"{value / 1e6:.2f}" if value < 1e8 else f"{value / 1e6:,.0f}"
@@ -53,24 +58,40 @@ def seconds(value: float | None) -> str:
 def main_rows(table: Document) -> tuple[list[str], list[list[str]]]:
     """Return header and cells of the table of means: one line a label, what the seeds share averaged."""
     header = ["method", "seeds", "plan s", "stored", "unique", "active"]
-    has_texts = any("perplexity" in line for line in table["summary"])
-    has_choices = any("accuracy" in line for line in table["summary"])
+    has_ffn, has_texts, has_divergences, has_choices = (
+        any(key in line for line in table["summary"]) for key in ("ffn", "perplexity", "kl", "accuracy")
+    )
+    if has_ffn:
+        header.append("FFN %")
     if has_texts:
         header += ["perplexity [95 %]", "× full [95 %]"]
+    if has_divergences:
+        header.append("KL [95 %]")
     if has_choices:
         header += ["accuracy % [95 %]", "Δ full [95 %]"]
+    phases = [phase for phase in ("prefill", "decode") if any(phase in line for line in table["summary"])]
+    header += [f"{phase} × [95 %] (ideal)" for phase in phases]
     rows = []
     for line in table["summary"]:
         counts = [millions(line[key]) for key in ("stored", "unique", "active")]
         row = [name_of(line), str(len(line["seeds"])), seconds(line.get("plan_seconds")), *counts]
+        if has_ffn:
+            row.append(percent(line.get("ffn", 1.0)))
         if has_texts:
             found = line.get("perplexity", {})
             row += [between(found, "value", number), between(found, "ratio", number)]
+        if has_divergences:
+            row.append(between(line.get("kl", {}), "value", nats))
         if has_choices:
             found = line.get("accuracy", {})
             row += [between(found, "value", percent), between(found, "delta", lambda x: percent(x, sign=True))]
+        row += [_timed(line.get(phase)) for phase in phases]
         rows.append(row)
     return header, rows
+
+
+def _timed(found: Document | None) -> str:
+    return NONE if found is None else f"{between(found, 'value', number)} ({number(found['ideal'])})"
 
 
 def task_rows(table: Document) -> tuple[list[str], list[list[str]]]:
@@ -86,12 +107,14 @@ def task_rows(table: Document) -> tuple[list[str], list[list[str]]]:
 
 def ordered_tasks(table: Document) -> list[str]:
     """Names of the tasks: perplexities, choices, others, each in the order of the evaluation."""
-    kinds = ("perplexity", "choice", "other")
+    kinds = ("perplexity", "divergence", "choice", "other")
     return [task for kind in kinds for task in table["task_order"] if table["tasks"][task]["kind"] == kind]
 
 
 def short(task: str, table: Document) -> str:
     """Return a column's head: `ppl wiki` for perplexity_wiki, else the task's name."""
+    if table["tasks"][task]["kind"] == "divergence":
+        return f"KL {task.removeprefix('kl_')}"
     kind = table["tasks"][task]["kind"]
     return f"ppl {task.removeprefix('perplexity_')}" if kind == "perplexity" else task.replace("_", " ")
 
@@ -99,7 +122,8 @@ def short(task: str, table: Document) -> str:
 def _value(found: Document | None) -> str:
     if found is None:
         return NONE
-    return percent(found["value"]) if found["kind"] == "choice" else number(found["value"])
+    show = {"choice": percent, "divergence": nats}.get(found["kind"], number)
+    return show(found["value"])
 
 
 def published_rows(table: Document) -> tuple[list[str], list[list[str]]]:
@@ -129,6 +153,10 @@ def legend(table: Document, paired: bool = True) -> list[str]:
     if "perplexity" in kinds:
         ratio = "; `× full`: its ratio to the uncompressed model's, paired over documents" if paired else ""
         lines.append(f"Perplexity (ppl): geometric mean over the texts, lower is better{ratio}.")
+    if "divergence" in kinds:
+        lines.append("KL: divergence of the uncompressed model's predictions from the model's, in nats a token.")
+    if any("ffn" in line for line in table["summary"]):
+        lines.append("FFN %: neurons of the uncompressed model's FFNs that a token runs (measured).")
     if "choice" in kinds:
         corrected = any(facts["metric"] == "acc_mutual_info" for facts in table["tasks"].values())
         how = " (each choice's score less its score without the question)" if corrected else ""
@@ -142,6 +170,11 @@ def legend(table: Document, paired: bool = True) -> list[str]:
         f"{bounds}: 95 % interval over items or documents; with several seeds, the variance over seeds is added. "
         "The ratio in a method's name is the fraction of experts removed (camera_p: of neurons)."
     )
+    if any("decode" in line for line in table["summary"]):
+        lines.append(
+            "prefill ×, decode ×: time of one sequence over the uncompressed model's, in turns in one process; ideal: "
+            "the FLOPs of the prefill, and the weights that a decoded token reads, over the uncompressed model's."
+        )
     if table.get("passes"):
         lines.append(sentence(table["passes"]))
     if any(line["dirty"] for line in table["summary"]):

@@ -1,4 +1,7 @@
-"""Perplexity of a causal model, document by document: exp(sum of nll / sum of tokens), nll in nats."""
+"""Perplexity of a causal model, document by document: exp(sum of nll / sum of tokens), nll in nats.
+
+With the original model's answers to the same windows, the KL divergence from it as well.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,43 +14,37 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from espalier.errors import UserError
 from espalier.stream import Batch, StreamedModel
+from espalier.teacher import Teacher
+from espalier.tune_losses import divergences
+from espalier.windows import Documents, Window, cut_documents, padded
 
 CPU_TOKENS = 2304  # tokens a batch on a processor: more leave its cache (8 windows of 256 ran 1.4 times as fast as 32)
 
 Progress = Callable[[int, int], None]
-Window = tuple[int, list[int], int]  # document, token ids, how many of them are predicted
+Values = list[tuple[float, float]]  # nll and divergence of each window of a batch
 
 
 @dataclass(frozen=True)
 class DocumentScore:
-    """Negative log-likelihood of one document in nats, its tokens (all are predicted) and its UTF-8 bytes."""
+    """Negative log-likelihood of one document in nats, its tokens (all are predicted) and its UTF-8 bytes.
+
+    `divergence`: summed KL of the original's predictions from the model's, in nats; 0 where it was not asked for.
+    """
 
     id: str
     nll: float
     tokens: int
     bytes: int
+    divergence: float = 0.0
 
 
-def windows(document: int, ids: list[int], start: int, length: int) -> list[Window]:
-    """Cut a document's token ids into windows that predict `length` tokens each, the last one the rest.
+@dataclass(frozen=True)
+class Text:
+    """Documents, pairs of (id, text), the `length` of their windows, and the original's `answers` to these windows."""
 
-    The first window is preceded by the token `start`, each later one by the last token of the window before:
-    no token is predicted twice, and a window's input has at most `length` tokens.
-    """
-    padded = [start, *ids]
-    cuts = range(0, len(ids), length)
-    return [(document, padded[cut : cut + length + 1], min(length, len(ids) - cut)) for cut in cuts]
-
-
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that precedes a document: beginning of sequence, else end of sequence.
-
-    UserError when the tokenizer has neither.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no BOS or EOS token to start a document with.")
+    documents: Documents
+    length: int | None = None
+    answers: Teacher | None = None
 
 
 def default_length(model: PreTrainedModel) -> int:
@@ -63,102 +60,96 @@ class Corpus:
     lengths: list[tuple[int, int]]
     batches: list[list[Window]]
 
-    def scores(self, nll: Iterable[list[float]]) -> list[DocumentScore]:
+    def scores(self, values: Iterable[Values]) -> list[DocumentScore]:
         """Return each document's score from the windows' values, batch by batch."""
-        total = torch.zeros(len(self.ids), dtype=torch.float64)
-        for batch, values in zip(self.batches, nll, strict=True):
-            for (document, _, _), value in zip(batch, values, strict=True):
-                total[document] += value
+        total = torch.zeros(len(self.ids), 2, dtype=torch.float64)
+        for batch, found in zip(self.batches, values, strict=True):
+            for window, value in zip(batch, found, strict=True):
+                total[window.document] += torch.tensor(value, dtype=torch.float64)
         rows = zip(self.ids, total.tolist(), self.lengths, strict=True)
-        return [DocumentScore(id, value, tokens, size) for id, value, (tokens, size) in rows]
+        return [DocumentScore(id, nll, tokens, size, kl) for id, (nll, kl), (tokens, size) in rows]
 
 
 def cut_corpus(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[tuple[str, str]],
+    text: Text,
     *,
-    length: int | None = None,
     batch_size: int = 32,
     device: str = "cpu",
 ) -> Corpus:
-    """Cut `documents`, pairs of (id, text), into windows of `length` tokens, longest first, in batches.
+    """Cut a text into windows, longest first, in batches.
 
-    UserError when `length` exceeds the model's positions.
+    UserError when its `length` exceeds the model's positions.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
-    length = length or default_length(model)
+    length = text.length or default_length(model)
     if positions is not None and length > positions:
         raise UserError(f"evaluation: length={length} exceeds the model's {positions} positions. Use {positions}.")
-    start = start_token(tokenizer)
-    encoded = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for _, text in documents]
-    cut = [window for number, ids in enumerate(encoded) for window in windows(number, ids, start, length)]
-    cut.sort(key=lambda window: -len(window[1]))
+    cut, encoded = cut_documents(tokenizer, text.documents, length)
+    cut.sort(key=lambda window: -len(window.ids))
     batches = []
     while cut:
-        fit = max(1, CPU_TOKENS // len(cut[0][1])) if torch.device(device).type == "cpu" else batch_size
+        fit = max(1, CPU_TOKENS // len(cut[0].ids)) if torch.device(device).type == "cpu" else batch_size
         size = min(batch_size, fit)
         batches.append(cut[:size])
         cut = cut[size:]
-    lengths = [(len(ids), len(text.encode())) for ids, (_, text) in zip(encoded, documents, strict=True)]
-    return Corpus([id for id, _ in documents], lengths, batches)
+    lengths = [(len(ids), len(words.encode())) for ids, (_, words) in zip(encoded, text.documents, strict=True)]
+    return Corpus([id for id, _ in text.documents], lengths, batches)
 
 
 @torch.inference_mode()
 def document_scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[tuple[str, str]],
+    text: Text,
     *,
-    length: int | None = None,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> list[DocumentScore]:
-    """Score `documents`, pairs of (id, text), with windows of `length` tokens.
+    """Score the documents of a text.
 
     Every token is predicted once, the first from the start token alone. Windows are sorted by length and
     padded in batches of at most `batch_size`, with the padding masked; log-softmax is taken in fp32 and summed in fp64.
-    `progress` hears (windows done, windows in all). UserError when `length` exceeds the model's positions.
+    `progress` hears (windows done, windows in all). UserError when the text's `length` exceeds the model's positions.
     """
-    kind = model.device.type
-    corpus = cut_corpus(model, tokenizer, documents, length=length, batch_size=batch_size, device=kind)
+    corpus = cut_corpus(model, tokenizer, text, batch_size=batch_size, device=model.device.type)
     done, total = 0, sum(map(len, corpus.batches))
-    nll = []
+    values = []
     for part in corpus.batches:
-        inputs, mask = _padded(part)
+        inputs, mask = map(torch.from_numpy, padded(part))
         logits = model(
             input_ids=inputs.to(model.device), attention_mask=mask.to(model.device), use_cache=False
         ).logits  # [B, L, V]
-        nll.append(_window_nll(logits, part))
+        values.append(_window_values(logits, part, text.answers))
         done += len(part)
         if progress is not None:
             progress(done, total)
-    return corpus.scores(nll)
+    return corpus.scores(values)
 
 
 @torch.inference_mode()
 def streamed_scores(
     model: StreamedModel,
     tokenizer: PreTrainedTokenizerBase,
-    corpora: Mapping[str, tuple[Sequence[tuple[str, str]], int | None]],
+    texts: Mapping[str, Text],
     *,
     batch_size: int = 32,
     activation_memory: float = float("inf"),
     scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[DocumentScore]]:
-    """Score several corpora, (documents, length) by name, in one pass over the layers of a streamed model.
+    """Score several texts, by name, in one pass over the layers of a streamed model.
 
     As `document_scores` otherwise; `activation_memory` and `scratch` are those of `Activations`.
     """
+    kind = model.device.type
     cut = {
-        name: cut_corpus(
-            model.model, tokenizer, documents, length=length, batch_size=batch_size, device=model.device.type
-        )
-        for name, (documents, length) in corpora.items()
+        name: cut_corpus(model.model, tokenizer, text, batch_size=batch_size, device=kind)
+        for name, text in texts.items()
     }
-    every = [part for corpus in cut.values() for part in corpus.batches]
-    batches = [Batch.of(*_padded(part)) for part in every]
+    every = [(part, texts[name].answers) for name, corpus in cut.items() for part in corpus.batches]
+    batches = [Batch.of(*map(torch.from_numpy, padded(part))) for part, _ in every]
     states = model.activations(batches, activation_memory, scratch)
     steps = len(batches) * (len(model.layers) + 1)
     for turn in model.turns(batches, states):
@@ -166,32 +157,30 @@ def streamed_scores(
             turn.run(number)
             if progress is not None:
                 progress(turn.layer * len(batches) + number + 1, steps)
-    nll: list[list[float]] = []
+    found: list[Values] = []
     with model.head(states) as head:
-        for number, part in enumerate(every):
-            nll.append(_window_nll(head.logits(batches[number], number), part))
+        for number, (part, answers) in enumerate(every):
+            found.append(_window_values(head.logits(batches[number], number), part, answers))
             if progress is not None:
                 progress(len(model.layers) * len(batches) + number + 1, steps)
-    values = iter(nll)
+    values = iter(found)
     return {name: corpus.scores([next(values) for _ in corpus.batches]) for name, corpus in cut.items()}
 
 
-def _padded(batch: list[Window]) -> tuple[Tensor, Tensor]:
-    """Return the inputs and the mask of a batch, int64 [B, L], padded on the right."""
-    longest = max(len(ids) for _, ids, _ in batch) - 1
-    inputs = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask = torch.zeros_like(inputs)
-    for row, (_, ids, _) in enumerate(batch):
-        inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        mask[row, : len(ids) - 1] = 1
-    return inputs, mask
+def _window_values(logits: Tensor, batch: Sequence[Window], answers: Teacher | None) -> Values:
+    """Return, summed over each window's predicted tokens, the negative log-likelihood and the divergence.
 
-
-def _window_nll(logits: Tensor, batch: list[Window]) -> list[float]:
-    """Return the summed negative log-likelihood of each window's predicted tokens, from logits [B, L, V]."""
+    From logits [B, L, V]; row by row, since fp32 logits of a whole batch can be gigabytes.
+    """
     values = []
-    for row, (_, ids, predicted) in enumerate(batch):  # row by row: fp32 logits of a whole batch can be gigabytes
+    told = None if answers is None else answers.rows([window.number for window in batch])
+    for row, (_, ids, predicted, _) in enumerate(batch):
         targets = torch.tensor(ids[1:], device=logits.device)
-        losses = functional.cross_entropy(logits[row, : len(targets)].float(), targets, reduction="none")
-        values.append(float(losses[-predicted:].double().sum()))
+        own = logits[row, : len(targets)]
+        losses = functional.cross_entropy(own.float(), targets, reduction="none")
+        divergence = 0.0
+        if told is not None:
+            log_probs, indices = (part[row, : len(targets)].to(logits.device) for part in told)
+            divergence = float(divergences(own, log_probs, indices)[-predicted:].double().sum())
+        values.append((float(losses[-predicted:].double().sum()), divergence))
     return values

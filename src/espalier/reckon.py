@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from espalier import sources
 from espalier.errors import UserError
 from espalier.estimate import (
     CHOICE_LENGTH,
+    PROCESS,
     Cost,
     apply_cost,
     collect_cost,
@@ -23,6 +25,7 @@ from espalier.hardware import Hardware
 from espalier.methods import build, is_for_dense
 from espalier.running import Running
 from espalier.sizes import Sizes, sizes_of_source
+from espalier.speed_settings import Timing
 from espalier.store import MODELS, Store
 from espalier.tune_cost import teacher_cost, tune_cost
 from espalier.tune_settings import Tuning
@@ -154,11 +157,13 @@ class Reckoner:
         if sizes is None:
             return Cost()
         flops, length, choices, windows, longest = 0.0, SCORE_LENGTH, 0, 0, 0
+        texts: set[str] = set()  # each is run once, whatever is measured on it
         for task in config["tasks"]:
-            own = int(task.get("length") or SCORE_LENGTH)
-            tokens = self._scored_tokens(task)
+            own, domain = int(task.get("length") or SCORE_LENGTH), _domain(str(task["task"]))
+            tokens = 0 if domain in texts else self._scored_tokens(task)
             flops += forward_flops(sizes, tokens, own)
-            if str(task["task"]).startswith("perplexity_"):
+            if domain is not None:
+                texts.add(domain)
                 windows, length = windows + tokens, max(length, own)
             else:
                 choices, longest = choices + tokens, max(longest, _longest_choice(task))
@@ -167,6 +172,25 @@ class Reckoner:
         longest = min(longest, sizes.positions or longest)
         dtype = str(config["dtype"])
         return score_cost(sizes, choices, windows, length, flops, dtype, self.running, self.hardware, longest)
+
+    def _speed(self, job: Document) -> Cost:
+        sizes, original = self._weights(job), self._model(self.store.origin(job))
+        if sizes is None or original is None:
+            return Cost()
+        timing, dtype = Timing.of(job["config"]["speed"]), str(job["config"]["dtype"])
+        length = timing.prompt + timing.new
+        tokens = (2 * timing.rounds + 1) * length
+        own, other = (
+            score_cost(each, 0, length, length, forward_flops(each, tokens, length), dtype, self.running, self.hardware)
+            for each in (sizes, original)
+        )
+        return replace(
+            own,
+            flops=own.flops + other.flops,
+            read=own.read + other.read,
+            memory=own.memory + other.memory - PROCESS["perplexity"],
+            gpu_memory=own.gpu_memory + other.gpu_memory,
+        )
 
     def _teacher(self, job: Document) -> Cost:
         sizes, config = self._weights(job), job["config"]
@@ -210,6 +234,8 @@ class Reckoner:
     def _calibration(self, config: Document, shard: list[int] | None = None) -> tuple[int, int]:
         """Tokens in all, or in a shard, and in a sequence; 0 where only reading the texts would tell."""
         samples, length = config.get("samples"), int(config.get("length") or 0)
+        if config.get("source") == "windows":
+            return _held_out_tokens(str(config["domains"][0])), length
         if not samples:
             self.unknown.add(f"calibration {config.get('name')}: its number of tokens is not in its configuration.")
             return 0, length
@@ -218,11 +244,10 @@ class Reckoner:
 
     def _scored_tokens(self, task: Document) -> int:
         name, limit = str(task["task"]), task.get("limit")
-        domain = name.removeprefix("perplexity_")
-        own = sources.ASSETS / "text" / domain / "validation.jsonl"
         items = sources.ASSETS / "tasks" / f"{name}.jsonl"
-        if domain != name and own.is_file():
-            return int(own.stat().st_size / BYTES_PER_TOKEN)
+        domain = _domain(name)
+        if domain is not None:
+            return _held_out_tokens(domain)
         if items.is_file():
             # A line holds a context and its continuations, which share it when they are scored.
             return int(sum(map(len, items.read_bytes().splitlines()[:limit])) / BYTES_PER_TOKEN)
@@ -231,6 +256,21 @@ class Reckoner:
             return min(count, limit or count) * continuations * tokens
         self.unknown.add(f"task {name}: how many tokens it scores is not known; its time is not counted.")
         return 0
+
+
+def _domain(task: str) -> str | None:
+    """Return the embedded text that a task is measured on, or None."""
+    kind, _, domain = task.partition("_")
+    known = kind in ("perplexity", "kl") and _held_out(domain).is_file()
+    return domain if known else None
+
+
+def _held_out(domain: str) -> Path:
+    return sources.ASSETS / "text" / domain / "validation.jsonl"
+
+
+def _held_out_tokens(domain: str) -> int:
+    return int(_held_out(domain).stat().st_size / BYTES_PER_TOKEN)
 
 
 def _longest_choice(task: Document) -> int:

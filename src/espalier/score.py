@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,16 +14,14 @@ import pandas as pd
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from espalier import runtime
+from espalier.active import count_parameters, is_moe
 from espalier.checkpoint import Checkpoint
 from espalier.collect import check_weights, naming_file
 from espalier.embedded.assets import text_directory
-from espalier.embedded.documents import read_jsonl
 from espalier.embedded.tasks import task_configs, task_names
 from espalier.errors import UserError, nearest
-from espalier.families import names as family_names
-from espalier.ffn_count import count_neurons
 from espalier.intervals import estimate
-from espalier.perplexity import DocumentScore, document_scores, streamed_scores
+from espalier.perplexity import DocumentScore, Text, document_scores, streamed_scores
 from espalier.progress import Progress
 from espalier.running import Running
 from espalier.samples import FORMAT
@@ -31,8 +30,9 @@ from espalier.samples import load_scores as load_scores
 from espalier.samples import save_scores as save_scores
 from espalier.store import read_json
 from espalier.stream import StreamedModel
+from espalier.teacher import Teacher
+from espalier.windows import cut_documents, held_out, padded
 
-PREFIX = "perplexity_"
 # Accuracies in the order in which one becomes a task's metric: our own tasks correct each choice's score by its
 # score without the question (PMI; Holtzman et al., arXiv 2104.08315), the papers' zero-shot tables report `acc`.
 ACCURACIES = ("acc_mutual_info", "acc", "acc_norm")
@@ -40,7 +40,6 @@ ACTIVE_DOCUMENTS = 8  # a domain, to measure active parameters when no perplexit
 FEWSHOT_SEED = 1234  # lm-eval's default
 
 Document = dict[str, Any]
-Documents = Sequence[tuple[str, str]]  # id, text
 
 
 def score(
@@ -49,41 +48,43 @@ def score(
     running: Running,
     *,
     dtype: str = "auto",
+    answers: Mapping[str, Path] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Document, pd.DataFrame]:
     """Score the model in `directory` and return (document, samples).
 
     tasks: {"task": name, "limit": items or None, "length": tokens a window or None}; a name is that of an
-    embedded task, `perplexity_DOMAIN` of an embedded text (`limit` does not apply: all its documents), or any
-    lm-eval task or group. A model that does not fit is run layer by layer, all choices in one pass over its weights
-    and all perplexities in another.
+    embedded task, `perplexity_DOMAIN` or `kl_DOMAIN` of an embedded text (`limit` does not apply: all its documents),
+    or any lm-eval task or group. `answers`: by `kl_` task the original's, which `save_teacher` wrote for the same
+    windows. A model that does not fit is run layer by layer, all choices in one pass over its weights and all texts in
+    another.
 
     samples: one row an item, columns `task`, `item`, for choices `correct` (the task's metric) and each of `acc`,
-    `acc_norm`, `acc_mutual_info` that the task has, for perplexities `nll` (nats), `tokens`, `bytes`.
+    `acc_norm`, `acc_mutual_info` that the task has, for texts `nll` or `kl` (nats), `tokens`, `bytes`.
 
     UserError for an unknown task, data that cannot be had, or a task that generates text with a streamed model.
     """
     checkpoint = Checkpoint(directory)
-    if _is_moe(checkpoint):
+    if is_moe(checkpoint):
         checkpoint.shape()  # config.json and tensors that disagree are told before the model is loaded
-    texts = {task["task"]: _documents(task["task"]) for task in tasks if task["task"].startswith(PREFIX)}
-    lengths = {task["task"]: task.get("length") for task in tasks}
-    model = _load_model(directory, checkpoint, dtype, running)
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    measured = _measured(tasks)
+    texts = _texts(measured, answers or {}, tokenizer)
+    model = _load_model(directory, checkpoint, dtype, running)
     results: dict[str, Document] = {}
     frames: list[pd.DataFrame] = []
-    others = [task for task in tasks if task["task"] not in texts]
+    others = [task for task in tasks if task["task"] not in measured]
     if others:
         for name, result, frame in _lm_eval(model, tokenizer, others, running, progress):
             results[name] = result
             frames.append(frame)
-    with _counted(model, checkpoint) as active:
-        corpora = {name: (found, lengths.get(name)) for name, found in (texts or _few_documents(checkpoint)).items()}
-        for name, found in _document_scores(model, tokenizer, corpora, running, progress).items():
-            active["tokens"] += sum(document.tokens for document in found)
-            if name in texts:
-                results[name], frame = _perplexity_result(name, found)
-                frames.append(frame)
+    live = model.model if isinstance(model, StreamedModel) else model
+    with count_parameters(live, checkpoint) as active:
+        scores = _document_scores(model, tokenizer, texts or _few_documents(checkpoint), running, progress)
+        active["tokens"] = sum(document.tokens for found in scores.values() for document in found)
+    for name, (kind, text) in measured.items():
+        results[name], frame = RESULTS[kind](name, scores[text])
+        frames.append(frame)
     document = {
         "format": FORMAT,
         "tasks": {task["task"]: results[task["task"]] for task in tasks},
@@ -92,6 +93,33 @@ def score(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return document, pd.concat(frames, ignore_index=True)
+
+
+def _measured(tasks: Sequence[Document]) -> dict[str, tuple[str, str]]:
+    """Return of each task that is measured on a text what is measured, and the text: its domain and window."""
+    found = {}
+    for task in tasks:
+        kind, _, domain = str(task["task"]).partition("_")
+        if kind in RESULTS and domain:
+            found[str(task["task"])] = kind, f"{domain} {task.get('length')}"
+    return found
+
+
+def _texts(
+    measured: Mapping[str, tuple[str, str]], answers: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Text]:
+    """Return the texts that are run, each once, with the original's answers where a divergence is measured."""
+    texts: dict[str, Text] = {}
+    for name, (kind, key) in measured.items():
+        domain, _, length = key.rpartition(" ")
+        text = texts.get(key) or Text(held_out(domain, name), None if length == "None" else int(length))
+        if kind == "kl":
+            if name not in answers or text.length is None:
+                raise UserError(f"evaluation: task {name!r} needs the original's answers and evaluation.length.")
+            ids, _ = padded(cut_documents(tokenizer, text.documents, text.length)[0])
+            text = replace(text, answers=Teacher(answers[name], ids))
+        texts[key] = text
+    return texts
 
 
 def _load_model(
@@ -108,100 +136,36 @@ def _load_model(
 def _document_scores(
     model: PreTrainedModel | StreamedModel,
     tokenizer: PreTrainedTokenizerBase,
-    corpora: Mapping[str, tuple[Documents, int | None]],
+    texts: Mapping[str, Text],
     running: Running,
     progress: Progress | None,
 ) -> dict[str, list[DocumentScore]]:
     size = running.score_batch_size
     if isinstance(model, StreamedModel):
-        if not corpora:
+        if not texts:
             return {}
         return streamed_scores(
             model,
             tokenizer,
-            corpora,
+            texts,
             batch_size=size,
             activation_memory=running.activation_memory,
             scratch=running.scratch,
-            progress=partial(progress, "perplexity") if progress else None,
+            progress=partial(progress, "texts") if progress else None,
         )
     return {
         name: document_scores(
-            model,
-            tokenizer,
-            documents,
-            length=length,
-            batch_size=size,
-            progress=partial(progress, name) if progress else None,
+            model, tokenizer, text, batch_size=size, progress=partial(progress, name) if progress else None
         )
-        for name, (documents, length) in corpora.items()
+        for name, text in texts.items()
     }
 
 
-def _documents(task: str) -> list[tuple[str, str]]:
-    domain = task.removeprefix(PREFIX)
-    path = text_directory() / domain / "validation.jsonl"
-    if not path.exists():
-        domains = sorted(entry.name for entry in text_directory().iterdir() if entry.is_dir())
-        raise UserError(f"evaluation: task {task!r} is unknown; {nearest(task, [PREFIX + name for name in domains])}.")
-    return [(row["id"], row["text"]) for row in read_jsonl(path)]
-
-
-def _few_documents(checkpoint: Checkpoint) -> dict[str, list[tuple[str, str]]]:
-    if not _is_moe(checkpoint) and "espalier" not in checkpoint.config:
+def _few_documents(checkpoint: Checkpoint) -> dict[str, Text]:
+    if not is_moe(checkpoint) and "espalier" not in checkpoint.config:
         return {}
     domains = sorted(entry.name for entry in text_directory().iterdir() if entry.is_dir())
-    return {PREFIX + domain: _documents(PREFIX + domain)[:ACTIVE_DOCUMENTS] for domain in domains}
-
-
-def _is_moe(checkpoint: Checkpoint) -> bool:
-    return checkpoint.config.get("model_type") in family_names()
-
-
-@contextlib.contextmanager
-def _counted(model: PreTrainedModel | StreamedModel, checkpoint: Checkpoint) -> Iterator[Document]:
-    """Count the experts that tokens run inside the context; the yielded document is filled when it ends.
-
-    `parameters` are those that a token uses on average: all but the routed experts, and the distinct experts
-    that it runs in each layer. A dense model uses all of its parameters.
-    """
-    active: Document = {"tokens": 0, "experts_per_token": {}}
-    live = model.model if isinstance(model, StreamedModel) else model
-    if not _is_moe(checkpoint):
-        with _counted_neurons(live, checkpoint, active):
-            yield active
-        return
-    with runtime.count_active(live, checkpoint.family) as counter:
-        yield active
-    means = counter.means()
-    one_expert = checkpoint.shape().expert_parameters
-    active["experts_per_token"] = {str(layer): value for layer, value in sorted(means.items())}
-    active["parameters"] = checkpoint.always_active_parameters + math.fsum(means.values()) * one_expert
-
-
-@contextlib.contextmanager
-def _counted_neurons(model: Any, checkpoint: Checkpoint, active: Document) -> Iterator[None]:
-    """Fill `active` for a dense model: all parameters, but for neurons of split FFNs that tokens do not run."""
-    active["parameters"] = float(checkpoint.parameters)
-    split = checkpoint.config.get("espalier", {}).get("layers")
-    if not checkpoint.is_dense or split is None:
-        yield
-        return
-    with count_neurons(model, checkpoint.dense_family) as counter:
-        yield
-    shape, means = checkpoint.dense_shape(), counter.means()
-    active["neurons_per_token"] = {str(layer): value for layer, value in sorted(means.items())}
-    stored = {int(layer): sum(settings["segments"]) for layer, settings in split.items()}
-    for layer, settings in split.items():
-        router = settings["router"]
-        if router["kind"] == "oracle":  # what it would run if it knew
-            widths = [sum(settings["segments"][s] for s in unit) for unit in settings["units"]]
-            always = sum(settings["segments"][: settings["shared"]])
-            means[int(layer)] = always + router["k"] * (1 if router["level"] == "neurons" else np.mean(widths))
-    idle = math.fsum(stored[layer] - value for layer, value in means.items())
-    active["parameters"] -= idle * shape.neuron_parameters
-    whole = shape.width * len(shape.layers)
-    active["ffn"] = (whole - math.fsum(shape.width - stored[layer] for layer in stored) - idle) / whole
+    return {domain: Text(held_out(domain, domain)[:ACTIVE_DOCUMENTS]) for domain in domains}
 
 
 def _parameters(checkpoint: Checkpoint) -> Document:
@@ -209,7 +173,7 @@ def _parameters(checkpoint: Checkpoint) -> Document:
     stored = float(checkpoint.parameters)
     plan = checkpoint.directory / "plan.json"
     counts = read_json(plan, "espalier.plan/1")["counts"] if plan.exists() else {}
-    experts = max(checkpoint.expert_counts.values()) if _is_moe(checkpoint) else None
+    experts = max(checkpoint.expert_counts.values()) if is_moe(checkpoint) else None
     return {"stored": stored, "unique": float(counts.get("unique", stored)), "experts": experts}
 
 
@@ -237,6 +201,25 @@ def _perplexity_result(name: str, scores: Sequence[DocumentScore]) -> tuple[Docu
         "bits_per_byte": nll / math.log(2) / size,
     }
     return result, frame
+
+
+def _divergence_result(name: str, scores: Sequence[DocumentScore]) -> tuple[Document, pd.DataFrame]:
+    frame = pd.DataFrame(
+        {
+            "task": name,
+            "item": [s.id for s in scores],
+            "kl": [s.divergence for s in scores],
+            "tokens": [s.tokens for s in scores],
+            "bytes": [s.bytes for s in scores],
+        }
+    )
+    found = estimate(frame["kl"], frame["tokens"])
+    result = {"kind": "divergence", "metric": "kl", "value": found.value, "stderr": _finite(found.error)}
+    return result | {"items": len(frame), "tokens": int(frame["tokens"].sum())}, frame
+
+
+# What is measured on a text, by the first part of a task's name.
+RESULTS = {"perplexity": _perplexity_result, "kl": _divergence_result}
 
 
 def _finite(value: float) -> float | None:

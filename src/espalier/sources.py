@@ -130,9 +130,9 @@ def calibration_revision(calibration: dict[str, Any]) -> str | None:
 def task_revision(task: str) -> str:
     """Return the content identity of a task: a hash over the package's own files, else lm-eval's version.
 
-    UserError when the text of a `perplexity_DOMAIN` is not there.
+    UserError when the text of a `perplexity_DOMAIN` or `kl_DOMAIN` is not there.
     """
-    domain = task.removeprefix("perplexity_")
+    domain = task.removeprefix("perplexity_").removeprefix("kl_")
     if domain != task:
         return _digest([ASSETS / "text" / domain / "validation.jsonl"], f"task {task}")
     own = ASSETS / "tasks"

@@ -237,10 +237,22 @@ def _score(node: Document, store: Store, artefact: Path, record: Document) -> No
     running = Running.of(settings["runtime"])
     with resumable_work(artefact, node["id"], replace=True):
         tasks, dtype = node["config"]["tasks"], node["config"]["dtype"]
-        document, samples = score(weights(node, store), tasks, running, dtype=dtype)
+        answers = {task: store.path(store.read_node(id)) for task, id in node["config"].get("answers", {}).items()}
+        document, samples = score(weights(node, store), tasks, running, dtype=dtype, answers=answers)
         save_scores(artefact, document | {"node": node["id"]}, samples)
     with _tracked(node, store, settings) as tracker:
         tracker.log({name: result["value"] for name, result in document["tasks"].items()})
+
+
+def _speed(node: Document, store: Store, artefact: Path, record: Document) -> None:
+    from espalier.speed import measure_speed
+    from espalier.speed_settings import Timing
+
+    config, running = node["config"], Running.of(runtime(store)["runtime"])
+    original = _directory(store.origin(node), store)
+    timing = Timing.of(config["speed"])
+    document = measure_speed(weights(node, store), original, timing, config["dtype"], running)
+    write_json(artefact, document | {"node": node["id"]})
 
 
 def _table(node: Document, store: Store, artefact: Path, record: Document) -> None:
@@ -293,6 +305,7 @@ STAGES: dict[str, Callable[[Document, Store, Path, Document], None]] = {
     "teacher": _teacher,
     "tune": _tune,
     "score": _score,
+    "speed": _speed,
     "table": _table,
     "report": _report,
 }

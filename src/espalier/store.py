@@ -31,6 +31,7 @@ VERSION: dict[str, int] = {
     "tune": 1,
     "task": 1,
     "score": 1,
+    "speed": 1,
     "table": 1,
     "report": 1,
 }
@@ -50,6 +51,7 @@ PATHS: dict[str, str] = {
     "teacher": "teachers/{id}.safetensors",
     "tune": "tuned/{id}",
     "score": "scores/{id}.json",
+    "speed": "speed/{id}.json",
     "table": "tables/{id}.json",
     "report": "reports/{id}.html",
 }

@@ -20,6 +20,7 @@ from espalier.store import Store, atomic_file, read_json, run_record_path, write
 
 FORMAT = "espalier.table/1"
 MEAN = "mean accuracy"
+PHASES = ("prefill", "decode")  # that are timed
 GEOMETRIC = "perplexity"  # the summary's geometric mean over domains
 COLUMNS = (
     "label", "method", "ratio", "seed", "task", "metric", "value", "low", "high", "items", "delta", "delta_low",
@@ -65,6 +66,7 @@ class Measured:
     samples: dict[str, pd.DataFrame] = field(default_factory=dict)
     counts: dict[str, float | None] = field(default_factory=dict)
     records: list[Document] = field(default_factory=list)
+    speed: Document | None = None
 
     @property
     def dirty(self) -> bool:
@@ -122,7 +124,9 @@ def _measure(row: Document, store: Store) -> Measured:
         one.samples[task] = frame[frame["task"] == task].set_index("item")
     # The active parameters of the process that measured them on the most text.
     most = max(documents.values(), key=lambda document: document["active"]["tokens"])
-    one.counts = most["parameters"] | {"active": most["active"]["parameters"]}
+    one.counts = most["parameters"] | {"active": most["active"]["parameters"], "ffn": most["active"].get("ffn")}
+    if "speed" in row:
+        one.speed = read_json(store.path(store.read_node(row["speed"])), "espalier.speed/1")
     artefacts = [*documents, store.path(row["weights"]), *([store.path(row["plan"])] if row["plan"] else [])]
     records = [run_record_path(path) for path in artefacts]
     one.records = [read_json(path, "espalier.run/1") for path in records if path.exists()]
@@ -174,6 +178,10 @@ def _log_perplexity(group: Sequence[Measured], base: Measured | None, task: str)
     return found, intervals.estimate(nll - _values(both, task, "nll")[1], tokens)
 
 
+def _divergence(group: Sequence[Measured], task: str) -> Estimate:
+    return intervals.estimate(_values(group, task, "kl"), _values(group[:1], task, "tokens")[0])
+
+
 def _accuracy_difference(
     group: Sequence[Measured], base: Measured | None, task: str, column: str = "correct"
 ) -> Estimate | None:
@@ -194,6 +202,10 @@ def _measures(group: Sequence[Measured], base: Measured | None, task: str) -> di
             found |= dict(zip(("delta", "delta_low", "delta_high"), (x - 1 for x in difference.exp()), strict=True))
         sizes = [one.results[task]["bits_per_byte"] for one in group]
         return {"perplexity": found, "bits_per_byte": blank | {"value": float(np.mean(sizes))}}
+    if result["kind"] == "divergence":
+        kl = _divergence(group, task)
+        low, high = kl.interval()
+        return {"kl": blank | {"value": kl.value, "low": low, "high": high}}
     if result["kind"] == "other":
         values = [one.results[task]["value"] for one in group]
         return {result["metric"]: blank | {"value": float(np.mean(values))}}
@@ -256,11 +268,18 @@ def _summary(group: Sequence[Measured], base: Measured | None, comparison: Compa
     }
     for count in ("stored", "unique", "active"):
         line[count] = float(np.mean([one.counts[count] or 0 for one in group]))
+    if first.counts["ffn"] is not None:
+        line["ffn"] = float(np.mean([one.counts["ffn"] or 0 for one in group]))
+    timed = [one.speed for one in group if one.speed is not None]
+    for phase in PHASES if timed else ():
+        value, low, high = intervals.estimate(np.log([found[phase]["ratios"] for found in timed])).exp()
+        ideal = float(np.mean([found[phase]["ideal"] for found in timed]))
+        line[phase] = {"value": value, "low": low, "high": high, "ideal": ideal}
     return line | _means(group, base, comparison)
 
 
 def _means(group: Sequence[Measured], base: Measured | None, comparison: Comparison | None) -> Document:
-    """Return the geometric mean of the perplexities and the mean accuracy, with their paired differences."""
+    """Return the geometric mean of the perplexities, the mean divergence and accuracy, with paired differences."""
     kinds = {task: result["kind"] for task, result in group[0].results.items()}
     line: Document = {}
     texts = [task for task, kind in kinds.items() if kind == "perplexity"]
@@ -272,6 +291,12 @@ def _means(group: Sequence[Measured], base: Measured | None, comparison: Compari
         if group[0] is not base and all(len(found) == len(texts) for found in ratios):
             ratio, low, high = intervals.mean_over_seeds(ratios).exp()
             line[GEOMETRIC] |= {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+    answered = [task for task, kind in kinds.items() if kind == "divergence"]
+    if answered:
+        kl = [[_divergence([one], task) for task in answered] for one in group]
+        found = intervals.mean_over_seeds(kl)
+        low, high = found.interval()
+        line["kl"] = {"value": found.value, "low": low, "high": high}
     choices = [task for task, kind in kinds.items() if kind == "choice"]
     if choices:
         own = [[intervals.estimate(_values([one], task, "correct")) for task in choices] for one in group]

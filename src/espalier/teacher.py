@@ -90,7 +90,7 @@ def save_teacher(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) 
 class Teacher:
     """Reads the answers of some sequences at a time from what `save_teacher` wrote.
 
-    UserError when the file is no such file or is for other tokens than `ids` [N, L].
+    UserError when the file is no such file or holds answers to another number of tokens than `ids` [N, L].
     """
 
     def __init__(self, path: Path, ids: NDArray[Any]) -> None:

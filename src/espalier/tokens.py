@@ -21,6 +21,7 @@ from espalier import hub
 from espalier.embedded.assets import text_directory
 from espalier.errors import UserError, nearest
 from espalier.store import atomic_file, stable_header
+from espalier.windows import cut_documents, held_out, padded
 
 FORMAT = "espalier.tokens/1"
 KEYS = ("name", "source", "domains", "samples", "length", "seed", "draw", "path", "text", "shards")
@@ -48,6 +49,8 @@ def make_tokens(calibration: dict[str, Any], directory: Path) -> tuple[Ids, Mask
         return load_tokens(Path(calibration["path"]).expanduser(), None)
     length = calibration["length"]
     tokenizer = _tokenizer(directory)
+    if calibration["source"] == "windows":
+        return _windows(calibration, tokenizer)
     if length > tokenizer.model_max_length:
         raise UserError(
             f"{where}: length={length} is more than the {tokenizer.model_max_length} tokens of the tokenizer in "
@@ -78,6 +81,16 @@ def make_tokens(calibration: dict[str, Any], directory: Path) -> tuple[Ids, Mask
     ids = np.concatenate(blocks).astype(np.int32)
     origin = {key: calibration[key] for key in ("name", "source", *HUB_KEYS, "content") if calibration.get(key)}
     return ids, None, origin | {"sequences": len(ids), "tokens": int(ids.size), "texts": facts}
+
+
+def _windows(calibration: dict[str, Any], tokenizer: Any) -> tuple[Ids, Mask, Facts]:
+    """Return the inputs of the windows in which held-out texts are scored, and which of them are no padding."""
+    domain = calibration["domains"][0]
+    documents = held_out(domain, calibration["name"])
+    ids, mask = padded(cut_documents(tokenizer, documents, calibration["length"])[0])
+    facts = {key: calibration[key] for key in ("name", "source", "content")}
+    facts |= {"sequences": len(ids), "tokens": int(mask.sum()), "texts": {domain: {"documents": len(documents)}}}
+    return ids.astype(np.int32), mask.astype(np.uint8), facts
 
 
 def save_tokens(path: Path, input_ids: Ids, mask: Mask | None, facts: Facts) -> None:
@@ -132,6 +145,8 @@ def _check_keys(calibration: dict[str, Any], where: str) -> None:
     for key in calibration:
         if key not in known and key != "content" and not key.startswith("_"):
             raise UserError(f"{where}: unknown key {key!r}; {nearest(key, known)}.")
+    if calibration.get("source") == "windows":  # made by the graph
+        return
     needed = {"embedded": ("domains",), "file": ("path",), "hub": HUB_KEYS}
     source = calibration.get("source")
     if source not in needed:

@@ -37,9 +37,15 @@ def top_and_tail(logits: Tensor, indices: Tensor) -> Tensor:
 
 
 def divergence(logits: Tensor, log_probs: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean KL divergence, in nats, of the model from a teacher over M + 1 classes.
+    """Return the mean of `divergences` over tokens; those where `mask` [B, L] is 0 do not count."""
+    each = divergences(logits, log_probs, indices)
+    return each.mean() if mask is None else each[mask.bool()].mean()
 
-    logits [B, L, V] of the model; log_probs [B, L, M + 1] and indices [B, L, M] as `top_and_tail` makes them of the
+
+def divergences(logits: Tensor, log_probs: Tensor, indices: Tensor) -> Tensor:
+    """Return the KL divergence, in nats, of the model from a teacher over M + 1 classes, [...].
+
+    logits [..., V] of the model; log_probs [..., M + 1] and indices [..., M] as `top_and_tail` makes them of the
     teacher's. Over the whole vocabulary it is the full KL, with less a lower bound of it.
     """
     found = top_and_tail(logits, indices.long())
@@ -49,8 +55,7 @@ def divergence(logits: Tensor, log_probs: Tensor, indices: Tensor, mask: Tensor 
     terms = torch.where(weight > 0, weight * (target - found), 0.0)
     if indices.shape[-1] == logits.shape[-1]:
         terms = torch.where(weight[..., :-1] > 0, weight[..., :-1] * (target - found)[..., :-1], 0.0)
-    each = terms.sum(-1)
-    return each.mean() if mask is None else each[mask.bool()].mean()
+    return terms.sum(-1)
 
 
 def entropy(logits: Sequence[Tensor], mask: Tensor | None) -> Tensor:

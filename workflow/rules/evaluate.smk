@@ -20,3 +20,28 @@ rule score:
     shell:
         "OMP_NUM_THREADS={threads} python -m espalier score {wildcards.id} --results {params.results}"
         " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+
+
+rule speed:
+    input:
+        parents,
+    output:
+        f"{RESULTS}/speed/{{id}}.json",
+    log:
+        f"{RESULTS}/logs/speed/{{id}}.log",
+    conda:
+        "../../environment.yml"
+    threads: workflow.cores or 1 # so that nothing runs beside it
+    resources:
+        mem_mb=asks("mem_mb"),
+        runtime=asks("runtime"),
+        disk_mb=asks("disk_mb"),
+        gpu=asks("gpu"),
+    message:
+        "speed {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
+    params:
+        label=label,
+        results=results_folder,
+    shell:
+        "python -m espalier speed {wildcards.id} --results {params.results}"
+        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"

@@ -1,0 +1,38 @@
+"""The settings of a timing (conf/speed), checked; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from espalier.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How a checkpoint is timed against the uncompressed model: `rounds` of a `prompt` and `new` tokens, one sequence.
+
+    `domain` is the embedded text that is read; `threads` those of a processor. UserError for a number that cannot be.
+    """
+
+    name: str
+    prompt: int = 512
+    new: int = 32
+    rounds: int = 5
+    threads: int = 1
+    domain: str = "wiki"
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Timing:
+        """Return the settings of a composed `speed` group."""
+        where = f"conf/speed/{config.get('name')}.yaml"
+        known = [field.name for field in fields(cls)]
+        for key in config:
+            if key not in known:
+                raise UserError(f"{where}: unknown key {key!r}; {nearest(key, known)}.")
+        timing = cls(**config)
+        for key, least in (("prompt", 1), ("new", 1), ("rounds", 2), ("threads", 1)):
+            value = getattr(timing, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{where}: {key}={value!r}, expected a whole number >= {least}.")
+        return timing
