@@ -376,7 +376,7 @@ def test_divergences_neurons_and_times_stand_in_the_table(made: Made, tmp_path: 
         frame = frame.assign(kl=number * generator.random(20), tokens=np.arange(1, 21))
         kl.append(frame)
         document["tasks"]["kl_wiki"] = {"kind": "divergence", "metric": "kl", "value": 0.0, "items": 20}
-        document["active"] |= {"ffn": 0.5} if number else {}
+        document["active"]["neurons"] = 30.0 if number else 60.0
         save_scores(path, document, pd.concat([made.samples[number], frame], ignore_index=True))
         task = Node("task", {"task": "kl_wiki"}, (row["weights"],), made_by=score["id"])
         made.store.write_node(task)
@@ -392,7 +392,7 @@ def test_divergences_neurons_and_times_stand_in_the_table(made: Made, tmp_path: 
     table = made.table()
     full, reap, drawn = table.summary
     assert full["kl"]["value"] == 0
-    assert "ffn" not in full
+    assert (full["ffn"], reap["ffn"], drawn["ffn"]) == (1.0, 0.5, 0.5)
     assert reap["kl"]["value"] == pytest.approx(kl[1].kl.sum() / kl[1].tokens.sum())
     each = [frame.kl.sum() / frame.tokens.sum() for frame in kl[2:]]
     assert drawn["tasks"]["kl_wiki"]["value"] == pytest.approx(np.mean(each))

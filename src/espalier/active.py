@@ -26,7 +26,7 @@ def count_parameters(model: Any, checkpoint: Checkpoint) -> Iterator[Document]:
 
     `parameters` are those that a token uses on average: all but the routed experts, and the distinct experts
     that it runs in each layer (`experts_per_token`). Of a dense model all, but for the neurons of split FFNs that it
-    does not run (`neurons_per_token`); then `ffn` is the fraction of the original's FFN neurons that it runs.
+    does not run; `neurons` are those that it does run, of all layers (`neurons_per_token` of those that choose).
     `tokens` is left to the caller.
     """
     active: Document = {"tokens": 0, "experts_per_token": {}}
@@ -45,13 +45,18 @@ def count_parameters(model: Any, checkpoint: Checkpoint) -> Iterator[Document]:
 @contextlib.contextmanager
 def _counted_neurons(model: Any, checkpoint: Checkpoint, active: Document) -> Iterator[None]:
     active["parameters"] = float(checkpoint.parameters)
+    if not checkpoint.is_dense:
+        yield
+        return
+    shape = checkpoint.dense_shape()
+    active["neurons"] = float(shape.width * len(shape.layers))
     split = checkpoint.config.get("espalier", {}).get("layers")
-    if not checkpoint.is_dense or split is None:
+    if split is None:
         yield
         return
     with count_neurons(model, checkpoint.dense_family) as counter:
         yield
-    shape, means = checkpoint.dense_shape(), counter.means()
+    means = counter.means()
     active["neurons_per_token"] = {str(layer): value for layer, value in sorted(means.items())}
     stored = {int(layer): sum(settings["segments"]) for layer, settings in split.items()}
     for layer, settings in split.items():
@@ -62,5 +67,4 @@ def _counted_neurons(model: Any, checkpoint: Checkpoint, active: Document) -> It
             means[int(layer)] = always + router["k"] * (1 if router["level"] == "neurons" else np.mean(widths))
     idle = math.fsum(stored[layer] - value for layer, value in means.items())
     active["parameters"] -= idle * shape.neuron_parameters
-    whole = shape.width * len(shape.layers)
-    active["ffn"] = (whole - math.fsum(shape.width - stored[layer] for layer in stored) - idle) / whole
+    active["neurons"] -= math.fsum(shape.width - width for width in stored.values()) + idle

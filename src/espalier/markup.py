@@ -76,7 +76,7 @@ def main_rows(table: Document) -> tuple[list[str], list[list[str]]]:
         counts = [millions(line[key]) for key in ("stored", "unique", "active")]
         row = [name_of(line), str(len(line["seeds"])), seconds(line.get("plan_seconds")), *counts]
         if has_ffn:
-            row.append(percent(line.get("ffn", 1.0)))
+            row.append(percent(line.get("ffn")))
         if has_texts:
             found = line.get("perplexity", {})
             row += [between(found, "value", number), between(found, "ratio", number)]
@@ -166,9 +166,11 @@ def legend(table: Document, paired: bool = True) -> list[str]:
             f"{difference if paired else ''}."
         )
     bounds = "[95 %]" if paired else "±"
+    dense = any("ffn" in line for line in table["summary"])
+    removed = "FFN neurons that a token leaves out" if dense else "experts removed (camera_p: of neurons)"
     lines.append(
         f"{bounds}: 95 % interval over items or documents; with several seeds, the variance over seeds is added. "
-        "The ratio in a method's name is the fraction of experts removed (camera_p: of neurons)."
+        f"The ratio in a method's name is the fraction of {removed}."
     )
     if any("decode" in line for line in table["summary"]):
         lines.append(

@@ -124,7 +124,7 @@ def _measure(row: Document, store: Store) -> Measured:
         one.samples[task] = frame[frame["task"] == task].set_index("item")
     # The active parameters of the process that measured them on the most text.
     most = max(documents.values(), key=lambda document: document["active"]["tokens"])
-    one.counts = most["parameters"] | {"active": most["active"]["parameters"], "ffn": most["active"].get("ffn")}
+    one.counts = most["parameters"] | {"active": most["active"]["parameters"], "neurons": most["active"].get("neurons")}
     if "speed" in row:
         one.speed = read_json(store.path(store.read_node(row["speed"])), "espalier.speed/1")
     artefacts = [*documents, store.path(row["weights"]), *([store.path(row["plan"])] if row["plan"] else [])]
@@ -268,8 +268,8 @@ def _summary(group: Sequence[Measured], base: Measured | None, comparison: Compa
     }
     for count in ("stored", "unique", "active"):
         line[count] = float(np.mean([one.counts[count] or 0 for one in group]))
-    if first.counts["ffn"] is not None:
-        line["ffn"] = float(np.mean([one.counts["ffn"] or 0 for one in group]))
+    if base is not None and first.counts["neurons"] and base.counts["neurons"]:
+        line["ffn"] = float(np.mean([one.counts["neurons"] or 0 for one in group])) / base.counts["neurons"]
     timed = [one.speed for one in group if one.speed is not None]
     for phase in PHASES if timed else ():
         value, low, high = intervals.estimate(np.log([found[phase]["ratios"] for found in timed])).exp()
