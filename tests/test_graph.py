@@ -210,3 +210,19 @@ def test_compressed_models_are_timed_on_request(tmp_path, monkeypatch):
     assert {node.id for node in plain.nodes if node.stage == "task"} <= {node.id for node in timed.nodes}
     with pytest.raises(UserError, match="rounds=1, expected a whole number >= 2"):
         graph.expand("mine", ["speed=one_thread", "speed.rounds=1"], store)
+
+
+def test_rows_that_differ_in_seeds_are_one_line(tmp_path, monkeypatch):
+    sweep = ["{method: static, zip: {calibration.seed: [0, 1], tuning.seed: [0, 1]}, tuning: ffn_lm, tuning.tokens: 9000}",
+             "{method: dsmoe, zip: {method.seed: [3, 4], calibration.seed: [0, 1]}}"]  # fmt: skip
+    store = project(tmp_path, monkeypatch, sweep, rest="defaults: [override /model: smollm2_135m]")
+    path = tmp_path / "conf/experiment/mine.yaml"
+    head, rest = path.read_text().split("\nevaluation", 1)
+    path.write_text(head + "\ndefaults: [override /model: smollm2_135m]\nevaluation" + rest.replace("defaults: [override /model: smollm2_135m]\n", ""))
+    rows = next(node for node in graph.expand("mine", [], store).nodes if node.stage == "table").config["rows"]
+    assert [(row["label"], row["seed"]) for row in rows] == [
+        ("static 50 % + ffn_lm lm tuning.tokens=9000", 0),
+        ("static 50 % + ffn_lm lm tuning.tokens=9000", 1),
+        ("dsmoe", 3),
+        ("dsmoe", 4),
+    ]

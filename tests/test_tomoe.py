@@ -270,3 +270,43 @@ def test_the_plan_says_what_it_was_made_with(models, learnt):
     assert plan.method == {key: value for key, value in (CONFIG | SMALL).items() if key != "_target_"}
     assert json.loads(json.dumps(plan.document()))["layers"]["0"][0]["op"] == "split"
     assert replace(plan.layers[0][0]) == plan.layers[0][0]
+
+
+# The prior
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_a_prior_starts_from_static_pruning(family, models):
+    """With decoders that say nothing, every expert has the most active neurons, in the number of the target."""
+    own = learner(models, family, prior=3.0, offset=-MEDIAN, target=0.25)
+    ids = torch.tensor(IDS).long()
+    mask = torch.ones_like(ids)
+    mask[3, 5:] = 0
+    own.prepare(ids, mask)
+    with torch.no_grad():
+        for decoder in own.decoders:
+            decoder.weight.zero_()
+    activity = np.zeros((LAYERS, WIDTH))
+    with torch.no_grad():
+        for row, real in zip(ids, mask, strict=True):
+            for layer in range(LAYERS):
+                ffn, seen = own.model.model.layers[layer].mlp, []
+                handle = ffn.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0][0]))
+                own.model(input_ids=row[None, : int(real.sum())])
+                handle.remove()
+                if family == "phi":
+                    inner, down = ffn.activation_fn(ffn.fc1(seen[0])), ffn.fc2
+                else:
+                    inner, down = torch.nn.functional.silu(ffn.gate_proj(seen[0])) * ffn.up_proj(seen[0]), ffn.down_proj
+                activity[layer] += ((inner * down.weight.norm(dim=0)) ** 2).sum(0).numpy()
+    for layer, arrays in own.arrays().items():
+        expected = np.zeros(WIDTH, bool)
+        expected[np.argsort(-activity[layer])[: WIDTH // 4]] = True
+        for logits in arrays["logits"]:
+            assert ((logits > 0) == expected).all()
+
+
+def test_without_a_prior_nothing_is_measured(models):
+    own = learner(models)
+    own.prepare(torch.tensor(IDS).long(), None)
+    assert not own.known.any()

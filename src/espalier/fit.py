@@ -63,6 +63,8 @@ def fit(
     learner = fit_class(fitting.name)(model, shape, family, **fitting.own).to(device)
     every = torch.as_tensor(np.asarray(ids)).long()
     kept = None if mask is None else torch.as_tensor(np.asarray(mask)).long()
+    if hasattr(learner, "prepare"):  # what the text says before anything is learnt
+        learner.prepare(every, kept)
     steps, each = fitting.steps(*every.shape), fitting.accumulation
     rows = shuffled(len(every), fitting.batch, fitting.seed)
 

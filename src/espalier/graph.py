@@ -8,7 +8,7 @@ from typing import Any
 from espalier import conf, methods, sources
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.labels import row_label
+from espalier.labels import is_seed, row_label
 from espalier.speed_settings import Timing
 from espalier.store import Node, Store, canonical, content_hash, digest, write_json
 from espalier.sweep import Composer, Config, Point, points
@@ -138,7 +138,7 @@ class _Builder:
             "method": config["method"]["name"],
             "ratio": config["method"].get("ratio"),
             "then": None if config["then"]["name"] == "none" else config["then"]["name"],
-            "seed": next((step["seed"] for step in steps if "seed" in step), None),
+            "seed": _seed(steps, point),
             "plan": plan,
             "weights": weights,
             "scores": {task["task"]: self._task(task, weights, label, fetch) for task in self._tasks(config)},
@@ -212,6 +212,13 @@ class _Builder:
         return [
             settings | {"task": task, "content": self._task_revision(task)} for task in config["evaluation"]["tasks"]
         ]
+
+
+def _seed(steps: Sequence[Config], point: Point) -> int | None:
+    """Return what tells a row from others of its label: the methods' seed, else the first that the sweep sets."""
+    seeds = [step["seed"] for step in steps if "seed" in step]
+    seeds += [value for key, value in point.items() if is_seed(key)]
+    return seeds[0] if seeds else None
 
 
 def _shards(calibration: Config) -> int:

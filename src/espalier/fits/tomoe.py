@@ -21,6 +21,12 @@ modules count, with 0). B: sum_e f_e P_e, with f and P the fraction of tokens of
 
 The masks of attention are not learnt here, and rho counts FFNs alone.
 
+The decoder has to travel from masks that are nearly full to the budget, which takes thousands of steps at the authors'
+rate. A `prior` above 0, which they do not have, starts from what is known: prior (z_j + z) is added to the logits of all
+experts, z_j the normal quantile of neuron j's rank by activity (root mean square of its activation times the norm of
+its column in the down projection, on the first tokens of the text), z that of the target, so that the share of the
+neurons above 0 is p. Then `offset` is best 0: experts start as static pruning by activity, and learn to differ.
+
 Shapes: B sequences, L tokens, T' = B x L, D hidden, F neurons, E experts, M layers, e embedding.
 """
 
@@ -39,18 +45,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from espalier.dense_families import DenseFamily
+from espalier.observe_ffn import FFNTrace, observe_ffns
 from espalier.runtime import decoder
 from espalier.shape import DenseShape
 
 SMOOTHING = 1e-3  # c
 MEDIAN = -math.log(math.log(2))  # m
+PRIOR_TOKENS = 4096  # on which neurons' activity is measured
 
 
 class Fit(nn.Module):
     """The hypernetwork, routers and decoders of a model, whose own parameters stay as they are.
 
-    `experts` E; `embedding` e; `target` p; `temperature` T; `offset` b; the weights of the terms `distill`, `budget`,
-    `union` and `balance`.
+    `experts` E; `embedding` e; `target` p; `temperature` T; `offset` b; `prior`; the weights of the terms `distill`,
+    `budget`, `union` and `balance`.
     """
 
     model: Any
@@ -66,6 +74,7 @@ class Fit(nn.Module):
         target: float = 0.5,
         temperature: float = 0.4,
         offset: float = 3.0,
+        prior: float = 0.0,
         distill: float = 2.0,
         budget: float = 16.0,
         union: float = 3.0,
@@ -75,7 +84,8 @@ class Fit(nn.Module):
         super().__init__()
         self.__dict__["model"] = model  # not one of its modules: it is not learnt
         self.shape, self.family, self.experts, self.target = shape, family, experts, target
-        self.temperature, self.offset = temperature, offset
+        self.temperature, self.offset, self.prior = temperature, offset, prior
+        self.known = torch.zeros(len(shape.layers), shape.width)  # [M, F], what the prior adds
         self.distill, self.budget, self.union, self.balance = distill, budget, union, balance
         layers = len(shape.layers)
         with torch.random.fork_rng():
@@ -88,15 +98,43 @@ class Fit(nn.Module):
         self.noisy = True
         self._choices: list[Tensor] = []
 
+    @torch.no_grad()
+    def prepare(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Measure on the first tokens of `ids` [N, L] how active each neuron is, where there is a prior."""
+        if not self.prior:
+            return
+        rows = max(1, PRIOR_TOKENS // ids.shape[1])
+        device = self.inputs.device
+        kept = torch.ones_like(ids[:rows], dtype=torch.bool) if mask is None else mask[:rows].bool()
+        energy: dict[int, Tensor] = {}
+
+        def see(trace: FFNTrace) -> None:
+            energy[trace.layer] = energy.get(trace.layer, 0.0) + trace.inner.double().square().sum(0)
+
+        with observe_ffns(self.model, self.shape.layers, self.family, see) as observers:
+            for row, real in zip(ids[:rows], kept, strict=True):
+                for observer in observers:
+                    observer.expect(real.nonzero()[:, 0], 0)
+                self.model.model(input_ids=row[None].to(device), use_cache=False)
+        width = self.shape.width
+        for n, layer in enumerate(self.shape.layers):
+            ffn = getattr(decoder(self.model).layers[layer], self.family.module)
+            worth = energy[layer].sqrt() * getattr(ffn, self.family.down).weight.double().norm(dim=0)
+            rank = worth.argsort(stable=True).argsort()
+            quantile = torch.special.ndtri((rank.double() + 0.5) / width)
+            shift = torch.special.ndtri(torch.tensor(self.target, dtype=torch.float64))
+            self.known[n] = (self.prior * (quantile + shift)).float().cpu()
+        self.known = self.known.to(device)
+
     def embeddings(self) -> Tensor:
         """Return the experts' embeddings, [M, E, e]."""
         found: Tensor = self.hypernetwork(self.inputs)[0]
         return found
 
     def logits(self, layer: int, embeddings: Tensor) -> Tensor:
-        """Return W_d GELU(LN(v)) + b for embeddings [..., e] of a layer, [..., F]."""
+        """Return W_d GELU(LN(v)) + b and what the prior adds, for embeddings [..., e] of a layer, [..., F]."""
         decoded: Tensor = self.decoders[layer](functional.gelu(self.norms[layer](embeddings)))
-        return decoded + self.offset
+        return decoded + self.offset + self.known[layer]
 
     def mask(self, logits: Tensor) -> Tensor:
         """Return the mask of logits [..., F], 0 or 1, with the gradient of the sigmoid."""

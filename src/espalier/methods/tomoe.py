@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 WHERE = "conf/method/tomoe.yaml"
 POSITIVE = ("temperature", "rate")
-NUMBERS = ("offset", "distill", "budget", "union", "balance")
+NUMBERS = ("offset", "prior", "distill", "budget", "union", "balance")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Tomoe:
     embedding: int = 128
     temperature: float = 0.4
     offset: float = 3.0
+    prior: float = 0.0
     distill: float = 2.0
     budget: float = 16.0
     union: float = 3.0
