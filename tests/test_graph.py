@@ -213,12 +213,15 @@ def test_compressed_models_are_timed_on_request(tmp_path, monkeypatch):
 
 
 def test_rows_that_differ_in_seeds_are_one_line(tmp_path, monkeypatch):
-    sweep = ["{method: static, zip: {calibration.seed: [0, 1], tuning.seed: [0, 1]}, tuning: ffn_lm, tuning.tokens: 9000}",
-             "{method: dsmoe, zip: {method.seed: [3, 4], calibration.seed: [0, 1]}}"]  # fmt: skip
-    store = project(tmp_path, monkeypatch, sweep, rest="defaults: [override /model: smollm2_135m]")
+    both = "calibration.seed: [0, 1]"
+    sweep = [
+        f"{{method: static, tuning: ffn_lm, tuning.tokens: 9000, zip: {{{both}, tuning.seed: [0, 1]}}}}",
+        f"{{method: dsmoe, zip: {{method.seed: [3, 4], {both}}}}}",
+    ]
+    store = project(tmp_path, monkeypatch, sweep)
     path = tmp_path / "conf/experiment/mine.yaml"
-    head, rest = path.read_text().split("\nevaluation", 1)
-    path.write_text(head + "\ndefaults: [override /model: smollm2_135m]\nevaluation" + rest.replace("defaults: [override /model: smollm2_135m]\n", ""))
+    head, rest = path.read_text().split("\n", 1)
+    path.write_text(f"{head}\ndefaults: [override /model: smollm2_135m]\n{rest}")
     rows = next(node for node in graph.expand("mine", [], store).nodes if node.stage == "table").config["rows"]
     assert [(row["label"], row["seed"]) for row in rows] == [
         ("static 50 % + ffn_lm lm tuning.tokens=9000", 0),

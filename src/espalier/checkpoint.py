@@ -274,7 +274,16 @@ class Checkpoint:
             gated=family.gate is not None,
             neuron_parameters=parameters,
             total_parameters=self.parameters,
+            pairs=family.head(self.config) // 2,
+            pair_parameters=self._pair_parameters(family),
         )
+
+    def _pair_parameters(self, family: DenseFamily) -> int:
+        """Parameters that two dimensions of all heads have in a layer's projections of queries and keys."""
+        heads = int(self.config["num_attention_heads"])
+        heads += int(self.config.get("num_key_value_heads") or heads)
+        bias = f"{family.attention_tensor(0, 'query')}.bias" in self.entries
+        return 2 * heads * (int(self.config["hidden_size"]) + bias)
 
     def _check_layers(self, where: str) -> None:
         """Raise UserError unless the files hold as many decoder layers as config.json says."""

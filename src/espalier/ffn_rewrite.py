@@ -1,14 +1,16 @@
-"""What becomes of the files of a dense model whose FFNs are split: tensors, config.json and shipped code."""
+"""What becomes of the files of a dense model whose FFNs are split: tensors, config.json and shipped code.
 
+And of its attention, where heads lose dimensions.
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from espalier.checkpoint import Checkpoint
-from espalier.dense_families import DenseFamily
 from espalier.errors import UserError
-from espalier.operations import Operation
+from espalier.narrow_attention import NarrowAttention, dimensions_of
 from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
 from espalier.rewrite import CLASS, Rewrite, auto_map, shipped_code
 from espalier.shards import OutputTensor
 from espalier.split import Split, Threshold
@@ -16,8 +18,10 @@ from espalier.split import Split, Threshold
 if TYPE_CHECKING:
     import torch
 
-CODE = ("modeling_espalier_ffn.py", "sparse_ffn.py")
+CODE = ("modeling_espalier_ffn.py", "sparse_ffn.py", "sparse_attention.py")
 FORMAT = "espalier.ffn/1"
+
+Kind = TypeVar("Kind", Split, NarrowAttention)
 
 
 def rewrite_ffn(checkpoint: Checkpoint, plan: Plan) -> Rewrite:
@@ -29,24 +33,38 @@ def rewrite_ffn(checkpoint: Checkpoint, plan: Plan) -> Rewrite:
     before = checkpoint.config.get("espalier", {}).get("layers")
     if before is not None:
         return _with_thresholds(checkpoint, plan, before)
-    splits = {layer: _split(layer, operations) for layer, operations in plan.layers.items()}
-    shards, fates = _outputs(checkpoint, splits, plan)
-    config = _config(checkpoint, splits)
+    splits = _only(Split, plan)
+    narrowed = _only(NarrowAttention, plan)
+    picks = _picks(checkpoint, splits, narrowed, plan)
+    added = _added(checkpoint, splits, narrowed)
+    shards, fates = _outputs(checkpoint, picks, added, plan)
+    config = _config(checkpoint, splits, narrowed, plan)
     code = shipped_code(checkpoint.dense_family.architecture, *CODE) if "espalier" in config else {}
     return Rewrite(shards, fates, config, code)
 
 
-def _split(layer: int, operations: tuple[Operation, ...]) -> Split:
-    if len(operations) != 1 or not isinstance(operations[0], Split):
-        names = [operation.op for operation in operations]
-        raise UserError(f"plan, layer {layer}: a dense FFN takes one split, not {names}.")
-    return operations[0]
+def _only(kind: type[Kind], plan: Plan) -> dict[int, Kind]:
+    """Return the one operation of a kind that a layer has; UserError for more, or for what only split ones take."""
+    found: dict[int, Kind] = {}
+    for layer, operations in plan.layers.items():
+        own = [operation for operation in operations if isinstance(operation, kind)]
+        others = [o.op for o in operations if not isinstance(o, Split | NarrowAttention)]
+        if others or len(own) > 1:
+            names = [operation.op for operation in operations]
+            raise UserError(
+                f"plan, layer {layer}: a dense layer takes one split and one narrow_attention, not {names}."
+            )
+        if own:
+            found[layer] = own[0]
+    return found
 
 
-def _config(checkpoint: Checkpoint, splits: dict[int, Split]) -> dict[str, Any]:
+def _config(
+    checkpoint: Checkpoint, splits: dict[int, Split], narrowed: dict[int, NarrowAttention], plan: Plan
+) -> dict[str, Any]:
     family, config = checkpoint.dense_family, dict(checkpoint.config)
     widths = {split.width for split in splits.values()}
-    every = len(splits) == int(config["num_hidden_layers"])
+    every = len(splits) == int(config["num_hidden_layers"]) and not narrowed
     if every and len(widths) == 1 and all(split.router == "none" for split in splits.values()):
         return config | {family.width_key: widths.pop()}
     config["architectures"] = [CLASS]
@@ -57,22 +75,69 @@ def _config(checkpoint: Checkpoint, splits: dict[int, Split]) -> dict[str, Any]:
         "modules": family.modules,
         "layers": {str(layer): split.settings() for layer, split in sorted(splits.items())},
     }
+    if narrowed:
+        config["espalier"]["attention"] = {
+            "module": family.attention,
+            "modules": family.attention_modules,
+            "head": family.head(config),
+            "layers": {
+                str(layer): operation.settings(_dimensions(checkpoint, operation, plan))
+                for layer, operation in sorted(narrowed.items())
+            },
+        }
     return config
 
 
+def _dimensions(checkpoint: Checkpoint, operation: NarrowAttention, plan: Plan) -> list[int] | None:
+    """Return the dimensions of a head that queries and keys keep; None: all."""
+    if operation.pairs is None:
+        return None
+    family, config = checkpoint.dense_family, checkpoint.config
+    return dimensions_of(plan.tensors[operation.pairs].read().tolist(), family.head(config), family.rotary(config))
+
+
+def _picks(
+    checkpoint: Checkpoint, splits: dict[int, Split], narrowed: dict[int, NarrowAttention], plan: Plan
+) -> dict[str, tuple[int, list[int]]]:
+    """Return by tensor the dimension along which some of it stays, and what stays, in the order it is stored in."""
+    family, picks = checkpoint.dense_family, {}
+    for layer, split in splits.items():
+        if split.neurons is None:
+            continue
+        neurons = plan.tensors[split.neurons].read().tolist()
+        for role, name in family.tensors(layer).items():
+            picks[f"{name}.weight"] = (1 if role == "down" else 0, neurons)
+            if role != "down":
+                picks[f"{name}.bias"] = (0, neurons)
+    head = family.head(checkpoint.config) if narrowed else 0
+    for layer, operation in narrowed.items():
+        dimensions = _dimensions(checkpoint, operation, plan)
+        for role in ("query", "key") if dimensions is not None else ():
+            name = family.attention_tensor(layer, role)
+            heads = checkpoint.entries[f"{name}.weight"].shape[0] // head
+            rows = [number * head + dimension for number in range(heads) for dimension in dimensions or ()]
+            picks |= {f"{name}.{kind}": (0, rows) for kind in ("weight", "bias")}
+    return picks
+
+
+def _added(
+    checkpoint: Checkpoint, splits: dict[int, Split], narrowed: dict[int, NarrowAttention]
+) -> dict[str, dict[str, str]]:
+    """Return routers' tensors by the source's tensor that they are written after: names on disk and in the plan."""
+    family, added = checkpoint.dense_family, {}
+    for layer, split in splits.items():
+        routers = {family.router_tensor(layer, role): name for role, name in sorted(split.tensors_of.items())}
+        added[f"{family.tensors(layer)['up']}.weight"] = routers
+    for layer, operation in narrowed.items():
+        values = family.attention_tensor(layer, "value")
+        added[f"{values}.weight"] = {f"{values}.router.{role}": name for role, name in sorted(operation.values.items())}
+    return added
+
+
 def _outputs(
-    checkpoint: Checkpoint, splits: dict[int, Split], plan: Plan
+    checkpoint: Checkpoint, picks: dict[str, tuple[int, list[int]]], added: dict[str, dict[str, str]], plan: Plan
 ) -> tuple[list[list[OutputTensor]], dict[str, int]]:
     """Return the tensors to write, by source shard, and how many of the source's had which fate."""
-    family = checkpoint.dense_family
-    dims = {  # the dimension of F, by the tensor's name
-        f"{name}.{kind}": (layer, 1 if role == "down" else 0)
-        for layer in splits
-        for role, name in family.tensors(layer).items()
-        for kind in ("weight", "bias")
-        if f"{name}.{kind}" in checkpoint.entries and not (role == "down" and kind == "bias")
-    }
-    first = {f"{family.tensors(layer)['up']}.weight": layer for layer in splits}
     fates = {"copied": 0, "transformed": 0, "dropped": 0}
     shards: list[list[OutputTensor]] = []
     for file in checkpoint.files:
@@ -80,34 +145,31 @@ def _outputs(
         for name in checkpoint.tensors_of(file):
             entry = checkpoint.entries[name]
             output = OutputTensor(name, entry.dtype, entry.shape, lambda name=name: [checkpoint.finite_tensor(name)])  # type: ignore[misc]
-            layer, dim = dims.get(name, (-1, 0))
-            neurons = splits[layer].neurons if layer >= 0 else None
-            if neurons is not None:
+            if name in picks:
                 checkpoint.refuse_stored(name)
-                output = _picked(output, checkpoint, dim, plan.tensors[neurons])
-            fates["copied" if neurons is None else "transformed"] += 1
+                output = _picked(output, checkpoint, *picks[name])
+            fates["transformed" if name in picks else "copied"] += 1
             shard.append(output)
-            if name in first:
-                shard += _router(family, first[name], splits[first[name]], plan)
+            shard += _routers(added.get(name, {}), plan)
         shards.append(shard)
     return shards, fates | {"written": sum(map(len, shards))}
 
 
-def _picked(output: OutputTensor, checkpoint: Checkpoint, dim: int, neurons: PlanTensor) -> OutputTensor:
-    """Return the tensor with the neurons, along `dim`, that are stored, in their order."""
+def _picked(output: OutputTensor, checkpoint: Checkpoint, dim: int, kept: Sequence[int]) -> OutputTensor:
+    """Return the tensor with those of its rows or columns that are `kept`, in their order."""
     shape = list(output.shape)
-    shape[dim] = neurons.shape[0]
+    shape[dim] = len(kept)
 
     def make() -> "list[torch.Tensor]":
         import torch
 
-        return [checkpoint.finite_tensor(output.name).index_select(dim, torch.from_numpy(neurons.read()).long())]
+        return [checkpoint.finite_tensor(output.name).index_select(dim, torch.tensor(kept))]
 
     return replace(output, shape=tuple(shape), make=make)
 
 
-def _router(family: DenseFamily, layer: int, split: Split, plan: Plan) -> list[OutputTensor]:
-    """Return the router's tensors; they are float32 whatever the model is."""
+def _routers(named: dict[str, str], plan: Plan) -> list[OutputTensor]:
+    """Return routers' tensors, names on disk to those in the plan; they are float32 whatever the model is."""
 
     def make(name: str) -> "list[torch.Tensor]":
         import torch
@@ -115,13 +177,8 @@ def _router(family: DenseFamily, layer: int, split: Split, plan: Plan) -> list[O
         return [torch.from_numpy(plan.tensors[name].read())]
 
     return [
-        OutputTensor(
-            family.router_tensor(layer, role),
-            "F32",
-            plan.tensors[name].shape,
-            lambda name=name: make(name),  # type: ignore[misc]
-        )
-        for role, name in sorted(split.tensors_of.items())
+        OutputTensor(target, "F32", plan.tensors[name].shape, lambda name=name: make(name))  # type: ignore[misc]
+        for target, name in named.items()
     ]
 
 

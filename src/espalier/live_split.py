@@ -1,47 +1,120 @@
 """The plainest way to run a split FFN: every token alone, all neurons, most of them times 0, with the source's weights.
 
-A reference for `espalier.sparse_ffn`, with which it shares no code.
+And attention of which heads lose dimensions: whole projections, then zeros. A reference for `espalier.sparse_ffn` and
+`espalier.sparse_attention`, with which it shares no code.
 
 Shapes: D hidden, F neurons of the source, U units.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from espalier.dense_families import DenseFamily
+from espalier.narrow_attention import NarrowAttention
 from espalier.operations import Operation
 from espalier.plan import Plan
 from espalier.plan_tensors import PlanTensor
-from espalier.split import Split, Threshold
+from espalier.split import Split
 
 # Where so small a relative change of a token's input changes what it runs, rounding decides. Each draw changes only
 # about half of the choices that hang on it.
 NUDGE, DRAWS = 1e-5, 8
 
 
-def live_split(model: Any, plan: Plan, family: DenseFamily) -> list["LiveSplit"]:
-    """Change a loaded dense model in memory to do what `plan` says, and return what stands for its FFNs now."""
-    layers = model.model.layers
-    return [
-        change_ffn(getattr(layers[layer], family.module), operations, family, plan.tensors)
-        for layer, operations in plan.layers.items()
-        if not all(isinstance(operation, Threshold) for operation in operations)
-    ]
+def live_split(model: Any, plan: Plan, family: DenseFamily) -> "list[LiveSplit | LiveValues]":
+    """Change a loaded dense model in memory to do what `plan` says, and return what chooses by token now."""
+    lives: list[LiveSplit | LiveValues] = []
+    for layer, operations in plan.layers.items():
+        lives += change_layer(model.model.layers[layer], operations, family, plan.tensors, model.config)
+    return lives
 
 
-def change_ffn(
-    stock: Any, operations: Sequence[Operation], family: DenseFamily, tensors: Mapping[str, PlanTensor]
-) -> "LiveSplit":
-    """Let the FFN `stock` compute what its one split says, with its own parameters."""
-    (split,) = operations
-    assert isinstance(split, Split)
-    live = LiveSplit(stock, family, split, tensors)
-    stock.forward = live.forward
-    return live
+def change_layer(
+    module: Any,
+    operations: Sequence[Operation],
+    family: DenseFamily,
+    tensors: Mapping[str, PlanTensor],
+    config: Any,
+) -> "list[LiveSplit | LiveValues]":
+    """Let a decoder layer compute what its operations say, with its own parameters; thresholds are not for it.
+
+    Returns what knows whether rounding decides.
+    """
+    lives: list[LiveSplit | LiveValues] = []
+    for operation in operations:
+        if isinstance(operation, Split):
+            stock = getattr(module, family.module)
+            split = LiveSplit(stock, family, operation, tensors)
+            stock.forward = split.forward
+            lives.append(split)
+        elif isinstance(operation, NarrowAttention):
+            attention = getattr(module, family.attention)
+            head = family.head(config.to_dict())
+            if operation.pairs is not None:
+                kept = _kept_dimensions(tensors[operation.pairs].read().tolist(), head, family.rotary(config.to_dict()))
+                for role in ("query", "key"):
+                    projection = getattr(attention, family.attention_modules[role])
+                    projection.register_forward_hook(partial(_zero, kept))
+            if operation.values:
+                values = LiveValues(operation, tensors)
+                getattr(attention, family.attention_modules["value"]).register_forward_hook(values.hook)
+                lives.append(values)
+    return lives
+
+
+def _kept_dimensions(pairs: list[int], head: int, rotary: int) -> list[bool]:
+    """Return of each dimension of a head whether its pair is kept."""
+    kept = []
+    for dimension in range(head):
+        if dimension < rotary:
+            pair = dimension % (rotary // 2)
+        else:
+            pair = rotary // 2 + (dimension - rotary) % ((head - rotary) // 2)
+        kept.append(pair in pairs)
+    return kept
+
+
+def _zero(kept: list[bool], projection: Any, inputs: Any, output: Tensor) -> Tensor:
+    """Return a projection's output with the dimensions of every head that are not kept set to 0."""
+    mask = torch.tensor(kept * (output.shape[-1] // len(kept)), device=output.device)
+    return torch.where(mask, output, torch.zeros_like(output))
+
+
+class LiveValues:
+    """Sets dimensions of values to 0 that a token leaves out; `decided` as in `LiveSplit`."""
+
+    def __init__(self, operation: NarrowAttention, tensors: Mapping[str, PlanTensor]) -> None:
+        self.own = {role: torch.from_numpy(tensors[name].read()) for role, name in operation.values.items()}
+        self.offset = operation.offset
+        self.decided: list[bool] = []
+
+    def hook(self, projection: Any, inputs: Any, output: Tensor) -> Tensor:
+        """Return the values [..., heads x h] of the input [..., D], token by token."""
+        rows = []
+        for x, values in zip(inputs[0].flatten(0, -2), output.flatten(0, -2), strict=True):
+            kept = self._kept(x)
+            self.decided.append(all(self._kept(near) == kept for near in nudged(x)))
+            rows.append(values * torch.tensor(kept * (len(values) // len(kept)), dtype=values.dtype))
+        return torch.stack(rows).view_as(output)
+
+    def _kept(self, x: Tensor) -> list[bool]:
+        mixed = self.own["enter"] @ x.float() + self.own["mean"]
+        centred = mixed - mixed.mean()
+        normed = centred / torch.sqrt(centred.square().mean() + 1e-5) * self.own["norm_weight"] + self.own["norm_bias"]
+        raised = normed * 0.5 * (1 + torch.erf(normed / math.sqrt(2)))
+        found: list[bool] = (self.own["decode"] @ raised + self.offset > 0).tolist()
+        return found
+
+
+def nudged(x: Tensor) -> list[Tensor]:
+    """Return slightly different inputs."""
+    generator = torch.Generator().manual_seed(0)
+    return [x * (1 + NUDGE * torch.randn(x.shape, generator=generator)) for _ in range(DRAWS)]
 
 
 class LiveSplit:
@@ -70,16 +143,12 @@ class LiveSplit:
         gate = self.family.gate
         inner = act(inner) if gate is None else act(getattr(self.stock, gate)(x)) * inner
         found = self.weights(x, inner)
-        nudged = zip(self._near(x), self._near(inner), strict=True)
-        self.decided.append(all(self.weights(*near).keys() == found.keys() for near in nudged))
+        near = zip(nudged(x), nudged(inner), strict=True)
+        self.decided.append(all(self.weights(*both).keys() == found.keys() for both in near))
         factor = torch.zeros_like(inner)
         factor[list(found)] = torch.tensor(list(found.values()), dtype=factor.dtype)
         output: Tensor = down(factor * inner)
         return output
-
-    def _near(self, x: Tensor) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        return [x * (1 + NUDGE * torch.randn(x.shape, generator=generator)) for _ in range(DRAWS)]
 
     def weights(self, x: Tensor, inner: Tensor) -> dict[int, float]:
         """Return what each neuron that runs is multiplied by, for the input x [D] and all activations [F]."""

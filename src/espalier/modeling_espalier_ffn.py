@@ -1,14 +1,15 @@
 """A causal language model whose feed-forward networks run some of their neurons for each token; made by Espalier.
 
-This file and `sparse_ffn.py` lie in the checkpoint's directory and need torch and transformers only:
-`AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)`. It is the stock class with each
-feed-forward network replaced as `espalier` in config.json says.
+This file, `sparse_ffn.py` and `sparse_attention.py` lie in the checkpoint's directory and need torch and transformers
+only: `AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)`. It is the stock class with feed-forward
+networks and attention projections replaced as `espalier` in config.json says.
 """
 
 from typing import Any, ClassVar
 
 from transformers import LlamaForCausalLM as StockForCausalLM
 
+from .sparse_attention import narrow_attention
 from .sparse_ffn import SparseFFN
 
 
@@ -32,3 +33,7 @@ class EspalierForCausalLM(StockForCausalLM):  # type: ignore[misc]
             decoder = self.model.layers[int(index)]
             stock = getattr(decoder, settings["module"])
             setattr(decoder, settings["module"], SparseFFN(stock, settings["modules"], layer))
+        narrowed = settings.get("attention", {"layers": {}})
+        for index, layer in narrowed["layers"].items():
+            attention = getattr(self.model.layers[int(index)], narrowed["module"])
+            narrow_attention(attention, narrowed["modules"], narrowed["head"], layer)

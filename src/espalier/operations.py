@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from espalier.errors import UserError, nearest
+from espalier.narrow_attention import NarrowAttention
 from espalier.shape import ModelShape
 from espalier.split import Split, Threshold
 
@@ -261,8 +262,8 @@ def protected_tokens(fraction: float, tokens: int) -> int:
 
 
 BlockOperation = Keep | Merge | Constant | Narrow | Skip  # on a MoE block
-FFNOperation = Split | Threshold  # on the FFN of a dense layer
-Operation = BlockOperation | FFNOperation
+DenseOperation = Split | Threshold | NarrowAttention  # on a dense layer
+Operation = BlockOperation | DenseOperation
 OPERATIONS: dict[str, type[Operation]] = {
-    cls.op: cls for cls in (Keep, Merge, Constant, Narrow, Skip, Split, Threshold)
+    cls.op: cls for cls in (Keep, Merge, Constant, Narrow, Skip, Split, Threshold, NarrowAttention)
 }

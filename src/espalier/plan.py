@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import UserError, nearest
-from espalier.operations import OPERATIONS, Constant, FFNOperation, Keep, Merge, Narrow, Operation, Skip
+from espalier.narrow_attention import NarrowAttention
+from espalier.operations import OPERATIONS, Constant, DenseOperation, Keep, Merge, Narrow, Operation, Skip
 from espalier.plan_tensors import PlanTensor, load_tensors, save_tensors
 from espalier.shape import DenseShape, ModelShape
 from espalier.split import Split, Threshold
@@ -107,6 +108,8 @@ class Plan:
                     router = operation.router_parameters(shape.hidden)
                     stored += router - (shape.width - operation.width) * shape.neuron_parameters
                     active += router - (shape.width - operation.widest) * shape.neuron_parameters
+                elif isinstance(operation, NarrowAttention):
+                    stored, active = (count + operation.parameters(shape) for count in (stored, active))
         return {"stored": stored, "unique": stored, "active": active}
 
     def then(self, later: "Plan") -> "Plan":
@@ -186,7 +189,7 @@ def _compose(layer: int, done: list[Operation], operation: Operation) -> list[Op
 
 def _check_kind(layer: int, operation: Operation, shape: ModelShape | DenseShape) -> None:
     """Raise UserError for an operation on experts where there are none."""
-    if isinstance(shape, DenseShape) and not isinstance(operation, FFNOperation):
+    if isinstance(shape, DenseShape) and not isinstance(operation, DenseOperation):
         raise UserError(
             f"plan, layer {layer}: {operation.op} is for Mixture-of-Experts models; family {shape.family} is dense."
         )

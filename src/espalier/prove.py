@@ -15,7 +15,7 @@ import torch
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
 from espalier.families import Family
-from espalier.live_split import LiveSplit, change_ffn, live_split
+from espalier.live_split import LiveSplit, LiveValues, change_layer, live_split
 from espalier.plan import Plan
 from espalier.runtime import change_block, live, load_with_info, moe_blocks, skeleton
 from espalier.stream import Batch, StreamedModel
@@ -123,12 +123,12 @@ def _planned_dense(
         for layer, module in enumerate(loaded.model.layers):
             set_threshold(layer, module)
         return _logits(loaded.float(), ids), [], loading
-    lives: list[LiveSplit] = []
+    lives: list[LiveSplit | LiveValues] = []
     if streamed:
+        config = skeleton(source).config
 
         def change(layer: int, module: Any) -> None:
-            if layer in plan.layers:
-                lives.append(change_ffn(getattr(module, family.module), plan.layers[layer], family, plan.tensors))
+            lives.extend(change_layer(module, plan.layers.get(layer, ()), family, plan.tensors, config))
 
         logits, loading = _stream(StreamedModel(source, torch.float32, prefetch=False, prepare=change), ids)
     else:

@@ -61,7 +61,8 @@ class DenseShape:
     """Sizes of a dense decoder, whose layers all hold one feed-forward network (FFN).
 
     `neuron_parameters` are what each of the F neurons adds to an FFN (weights and the up projection's bias),
-    `total_parameters` every tensor of the checkpoint once (tied embeddings once).
+    `total_parameters` every tensor of the checkpoint once (tied embeddings once). Queries and keys of a head have
+    `pairs` of dimensions, each of which adds `pair_parameters` to a layer's two projections, of all heads.
     """
 
     family: str
@@ -71,6 +72,8 @@ class DenseShape:
     gated: bool
     neuron_parameters: int
     total_parameters: int
+    pairs: int = 0  # h / 2; 0: not known
+    pair_parameters: int = 0
 
     def document(self) -> dict[str, Any]:
         return asdict(self) | {"layers": list(self.layers), "kind": DENSE}

@@ -27,6 +27,8 @@ class DenseFamily:
     activation: str = "act_fn"  # attribute of the live FFN
     module: str = "mlp"
     width_key: str = "intermediate_size"
+    attention: str = "self_attn"
+    projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")  # attributes of the live attention, on disk too
 
     def tensors(self, layer: int) -> dict[str, str]:
         """Names on disk, without `.weight`, of the FFN's projections: `gate` (unless there is none), `up`, `down`."""
@@ -37,6 +39,25 @@ class DenseFamily:
     def router_tensor(self, layer: int, role: str) -> str:
         """Name on disk of a router's tensor, which a checkpoint's own modelling code reads."""
         return f"model.layers.{layer}.{self.module}.router.{role}"
+
+    def attention_tensor(self, layer: int, role: str) -> str:
+        """Name on disk, without `.weight`, of the projection of `query`, `key` or `value`."""
+        return f"model.layers.{layer}.{self.attention}.{self.attention_modules[role]}"
+
+    @property
+    def attention_modules(self) -> dict[str, str]:
+        """Attributes of the live attention, for the shipped modelling code."""
+        return dict(zip(("query", "key", "value"), self.projections, strict=True))
+
+    def head(self, config: Config) -> int:
+        """Dimensions of a head, h."""
+        return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+    def rotary(self, config: Config) -> int:
+        """Dimensions of a head that a rotary embedding turns."""
+        parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        factor = config.get("partial_rotary_factor") or parameters.get("partial_rotary_factor")
+        return int(self.head(config) * (1.0 if factor is None else float(factor)))
 
     @property
     def modules(self) -> dict[str, str | None]:

@@ -21,11 +21,11 @@ modules count, with 0). B: sum_e f_e P_e, with f and P the fraction of tokens of
 
 The masks of attention are not learnt here, and rho counts FFNs alone.
 
-The decoder has to travel from masks that are nearly full to the budget, which takes thousands of steps at the authors'
-rate. A `prior` above 0, which they do not have, starts from what is known: prior (z_j + z) is added to the logits of all
-experts, z_j the normal quantile of neuron j's rank by activity (root mean square of its activation times the norm of
-its column in the down projection, on the first tokens of the text), z that of the target, so that the share of the
-neurons above 0 is p. Then `offset` is best 0: experts start as static pruning by activity, and learn to differ.
+The decoder has to travel from masks that are nearly full to the budget, which takes thousands of steps at the
+authors' rate. A `prior` above 0, which they do not have, starts from what is known: prior (z_j + z) is added to the
+logits of all experts, z_j the normal quantile of neuron j's rank by activity (root mean square of its activation times
+the norm of its column in the down projection, on the first tokens of the text), z that of the target, so that the share
+of the neurons above 0 is p. Then `offset` is best 0: experts start as static pruning by activity, and learn to differ.
 
 Shapes: B sequences, L tokens, T' = B x L, D hidden, F neurons, E experts, M layers, e embedding.
 """
