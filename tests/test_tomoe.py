@@ -309,4 +309,127 @@ def test_a_prior_starts_from_static_pruning(family, models):
 def test_without_a_prior_nothing_is_measured(models):
     own = learner(models)
     own.prepare(torch.tensor(IDS).long(), None)
-    assert not own.known.any()
+    assert not own.known_neurons.any()
+
+
+# Attention
+
+
+def wild(own):
+    """Decoders that keep and leave out in about equal parts."""
+    with torch.no_grad():
+        for decoder in (*own.decoders, *own.head_decoders):
+            decoder.weight.mul_(20)
+
+
+@pytest.mark.parametrize("attention", ["pairs", "all"])
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_the_budget_counts_attention(family, attention, models):
+    own = learner(models, family, attention=attention, offset=0.0)
+    own.noisy = False
+    wild(own)
+    ids = torch.tensor(IDS[:2]).long()
+    seen = {}
+    handles = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs, n=n: seen.update({n: kwargs["hidden_states"] if kwargs else args[0]}),
+            with_kwargs=True,
+        )
+        for n, layer in enumerate(own.model.model.layers)
+    ]
+    with torch.no_grad():
+        budget = float(own(ids, None)["budget"])
+        embeddings = own.embeddings()
+        used = whole = 0.0
+        for n, layer in enumerate(own.model.model.layers):
+            # the last call saw the masked model's inputs: the loss runs the plain one first
+            widest = max(int((row + MEDIAN > 0).sum()) for row in own.logits(n, embeddings[2 * n + 1]))
+            mean = embeddings[2 * n].mean(0)
+            decode = torch.nn.functional.linear(
+                torch.nn.functional.gelu(own.head_norms[n](mean)), own.head_decoders[n].weight
+            )
+            heads = own.model.config
+            size = heads.num_attention_heads + heads.num_key_value_heads
+            bias = layer.self_attn.q_proj.bias is not None
+            pair = 2 * size * (HIDDEN + bias)
+            pairs = own.shape.pairs
+            used += widest * own.shape.neuron_parameters + pair * int((decode[-pairs:] + MEDIAN > 0).sum())
+            whole += WIDTH * own.shape.neuron_parameters + pair * pairs
+            if attention == "all":
+                entered = own.head_norms[n](own.entries[n](seen[n]) + mean)
+                values = own.head_decoders[n](torch.nn.functional.gelu(entered))[..., : 2 * pairs] + 3.0
+                used += pair / 2 * int((values + MEDIAN > 0).sum(-1).max())
+                whole += pair / 2 * 2 * pairs
+    for handle in handles:
+        handle.remove()
+    assert budget == pytest.approx(16 * abs(np.log((used / whole + 1e-3) / (0.5 + 1e-3))), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen3"])
+def test_all_of_attention_kept_is_the_dense_model(family, models):
+    own = learner(models, family, attention="all", offset=50.0)
+    ids = torch.tensor(IDS[:3]).long()
+    with torch.no_grad():
+        expected = own.model(input_ids=ids).logits
+        own.value_logits = lambda layer, embeddings, hidden: torch.full((*hidden.shape[:-1], 2 * own.shape.pairs), 50.0)
+        with own.masked(own.embeddings()):
+            found = own.model(input_ids=ids).logits
+        after = own.model(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert torch.equal(after, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen3", "gemma2"])
+def test_exported_attention_computes_what_the_masked_one_does(family, models, tmp_path):
+    directory, shape = models(family), Checkpoint(models(family)).dense_shape()
+    method = make(attention="all", exact=False, offset=0.0)
+    own = learner(models, family, attention="all", offset=0.0, experts=4)
+    wild(own)
+    own.noisy = False
+    arrays = {("tomoe", layer): named for layer, named in own.arrays().items()}
+    plan = make_plan(method, Stats(shape, (16,), arrays), shape, directory)
+    apply(directory, plan, tmp_path / "out")
+    kept = [plan.evidence[layer]["pairs"] for layer in range(LAYERS)]
+    assert 0 < sum(kept) < LAYERS * shape.pairs
+    with torch.no_grad():
+        with own.masked(own.embeddings()):
+            expected = own.model(input_ids=torch.tensor(IDS).long()).logits
+        found = runtime.load(tmp_path / "out")(input_ids=torch.tensor(IDS).long()).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_the_ratio_is_of_ffns_queries_and_keys(ratio, models, learnt):
+    stats, curve = learnt("llama", attention="all")
+    assert curve[-1].terms["budget"] < curve[0].terms["budget"]
+    shape = Checkpoint(models("llama")).dense_shape()
+    plan = make_plan(make(ratio=ratio, attention="all"), stats, shape, models("llama"))
+    used = sum(
+        max(found["widths"]) * shape.neuron_parameters + found["pairs"] * shape.pair_parameters
+        for found in plan.evidence.values()
+    )
+    whole = LAYERS * (WIDTH * shape.neuron_parameters + shape.pairs * shape.pair_parameters)
+    assert used / whole == pytest.approx(1 - ratio, abs=0.5 * shape.pair_parameters / whole + 1e-9)
+
+
+def test_a_prior_ranks_pairs_by_queries_times_keys(models):
+    own = learner(models, attention="pairs", prior=3.0, offset=-MEDIAN, target=0.25)
+    ids = torch.tensor(IDS).long()
+    own.prepare(ids, None)
+    with torch.no_grad():
+        for decoder in own.head_decoders:
+            decoder.weight.zero_()
+    with torch.no_grad():
+        states = own.model(input_ids=ids, output_hidden_states=True).hidden_states
+    heads, keys, head = 4, 2, 2 * own.shape.pairs
+    assert (own.model.config.num_attention_heads, own.model.config.num_key_value_heads) == (heads, keys)
+    for layer, arrays in own.arrays().items():
+        block = own.model.model.layers[layer]
+        x = block.input_layernorm(states[layer]).flatten(0, 1)
+        q, k = block.self_attn.q_proj(x).view(-1, heads, head), block.self_attn.k_proj(x).view(-1, keys, head)
+        worth = np.zeros(own.shape.pairs)
+        for h in range(heads):
+            for d in range(head):
+                product = q[:, h, d].norm() * k[:, h // (heads // keys), d].norm()
+                worth[d % own.shape.pairs] += float(product)
+        assert set(np.flatnonzero(arrays["pairs"] > 0)) == set(np.argsort(-worth)[: own.shape.pairs // 4])

@@ -1,4 +1,4 @@
-"""Learn overlapping experts of an FFN: ToMoE (Gao et al., TMLR 2026, arXiv 2501.15316), its FFN part.
+"""Learn overlapping experts of an FFN, and what attention leaves out: ToMoE (Gao et al., TMLR 2026, arXiv 2501.15316).
 
 The model is frozen. A bidirectional GRU over the layers makes E embeddings a layer, v_e; a decoder a layer makes of an
 embedding which of the F neurons the expert has, and a router which expert a token runs:
@@ -7,27 +7,35 @@ embedding which of the F neurons the expert has, and a router which expert a tok
     router   r = one-hot argmax of softmax((W_r x + g) / T)                 its gradient that of the softmax
     FFN      W_down ((s act(W_gate x)) (s W_up x)),  s the mask of r V       an expert is not weighed by its probability
 
-T and b stay as they are. Every token draws its own noise while this is learnt, and nobody draws any afterwards: an
-exported expert has the neurons that the noise would leave on more often than not, those of W_d GELU(LN(v)) + b + m > 0
-with m = -log log 2 the median of g, and the router takes its largest score. (The authors' code draws at export and
-inference too.) The loss is, with coefficients of their command for LLaMA-2-7B,
+With `attention` the GRU's sequence is attention 0, FFN 0, attention 1, ... The logits of an attention come from a
+decoder of its own, W_a GELU(LN(u)): of u = mean_e v_e one for each of the h / 2 rotary pairs, whose mask, the same for
+all tokens and heads, multiplies queries and keys before they are turned; with `all`, of u = W_ra x + mean_e v_e one for
+each of the h dimensions, whose mask, a token's own, multiplies its values.
+
+T and b stay as they are. Every token draws its own noise while this is learnt (pairs once a pass), and nobody draws any
+afterwards: an exported expert has the neurons that the noise would leave on more often than not, those of
+W_d GELU(LN(v)) + b + m > 0 with m = -log log 2 the median of g, and the router takes its largest score. (The authors'
+code draws at export and inference too, and there multiplies the output of attention by the query's mask of values,
+which it does not learn with.) The loss is, with coefficients of their command for LLaMA-2-7B,
 
     2 KD + 16 log(max(rho, p) / min(rho, p)) + 3 U + B
 
-KD: cross entropy with the probabilities of the same model without masks. rho: neurons of the widest expert over F, mean
-over layers, from masks drawn afresh; c = 0.001 is added to it and to the target p. U: the same penalty between the
-fraction of neurons that some expert has and 1, summed over layers and divided by twice their number (there, attention
-modules count, with 0). B: sum_e f_e P_e, with f and P the fraction of tokens of each expert, mean over layers.
-
-The masks of attention are not learnt here, and rho counts FFNs alone.
+KD: cross entropy with the probabilities of the same model without masks. rho: parameters in use over all, from masks
+drawn afresh: the neurons of the widest expert, the pairs, and with `all` the values' dimensions (with their columns of
+the output projection) of the token that keeps most; c = 0.001 is added to it and to the target p. U: the same penalty
+between the fraction of neurons that some expert has and 1, summed over layers and divided by twice their number
+(there, attention modules count, with 0). B: sum_e f_e P_e, with f and P the fraction of tokens of each expert, mean
+over layers.
 
 The decoder has to travel from masks that are nearly full to the budget, which takes thousands of steps at the
 authors' rate. A `prior` above 0, which they do not have, starts from what is known: prior (z_j + z) is added to the
 logits of all experts, z_j the normal quantile of neuron j's rank by activity (root mean square of its activation times
 the norm of its column in the down projection, on the first tokens of the text), z that of the target, so that the share
 of the neurons above 0 is p. Then `offset` is best 0: experts start as static pruning by activity, and learn to differ.
+Pairs likewise, by the root mean squares of their queries times those of their keys. Values always start from b = 3.
 
-Shapes: B sequences, L tokens, T' = B x L, D hidden, F neurons, E experts, M layers, e embedding.
+Shapes: B sequences, L tokens, T' = B x L, D hidden, F neurons, E experts, M modules (layers; with
+attention twice as many), e embedding, h dimensions of a head.
 """
 
 from __future__ import annotations
@@ -35,7 +43,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -45,20 +53,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from espalier.dense_families import DenseFamily
-from espalier.observe_ffn import FFNTrace, observe_ffns
+from espalier.narrow_attention import dimensions_of
+from espalier.observe_ffn import observe_ffns
 from espalier.runtime import decoder
 from espalier.shape import DenseShape
 
 SMOOTHING = 1e-3  # c
 MEDIAN = -math.log(math.log(2))  # m
-PRIOR_TOKENS = 4096  # on which neurons' activity is measured
+PRIOR_TOKENS = 4096  # on which activity is measured
+VALUE_OFFSET = 3.0  # b, for values
 
 
 class Fit(nn.Module):
     """The hypernetwork, routers and decoders of a model, whose own parameters stay as they are.
 
-    `experts` E; `embedding` e; `target` p; `temperature` T; `offset` b; `prior`; the weights of the terms `distill`,
-    `budget`, `union` and `balance`.
+    `experts` E; `embedding` e; `target` p; `temperature` T; `offset` b; `prior`; `attention`: `none`, `pairs` of
+    queries and keys, or `all`, values too; the weights of the terms `distill`, `budget`, `union` and `balance`.
     """
 
     model: Any
@@ -75,6 +85,7 @@ class Fit(nn.Module):
         temperature: float = 0.4,
         offset: float = 3.0,
         prior: float = 0.0,
+        attention: str = "none",
         distill: float = 2.0,
         budget: float = 16.0,
         union: float = 3.0,
@@ -85,56 +96,73 @@ class Fit(nn.Module):
         self.__dict__["model"] = model  # not one of its modules: it is not learnt
         self.shape, self.family, self.experts, self.target = shape, family, experts, target
         self.temperature, self.offset, self.prior = temperature, offset, prior
-        self.known = torch.zeros(len(shape.layers), shape.width)  # [M, F], what the prior adds
         self.distill, self.budget, self.union, self.balance = distill, budget, union, balance
-        layers = len(shape.layers)
+        self.attention = attention
+        layers, head = len(shape.layers), 2 * shape.pairs
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.inputs = nn.Parameter(torch.randn(layers, experts, embedding // 4))
+            modules = layers if attention == "none" else 2 * layers
+            self.inputs = nn.Parameter(torch.randn(modules, experts, embedding // 4))
             self.hypernetwork = nn.GRU(embedding // 4, embedding // 2, bidirectional=True)
             self.norms = nn.ModuleList(nn.LayerNorm(embedding) for _ in range(layers))
             self.decoders = nn.ModuleList(nn.Linear(embedding, shape.width, bias=False) for _ in range(layers))
             self.routers = nn.ModuleList(nn.Linear(shape.hidden, experts, bias=False) for _ in range(layers))
+            if attention != "none":
+                size = shape.pairs + (head if attention == "all" else 0)
+                self.head_norms = nn.ModuleList(nn.LayerNorm(embedding) for _ in range(layers))
+                self.head_decoders = nn.ModuleList(nn.Linear(embedding, size, bias=False) for _ in range(layers))
+            if attention == "all":
+                self.entries = nn.ModuleList(nn.Linear(shape.hidden, embedding, bias=False) for _ in range(layers))
+        self.known_neurons = torch.zeros(layers, shape.width)  # [L, F], what the prior adds
+        self.known_pairs = torch.zeros(layers, shape.pairs)
         self.noisy = True
         self._choices: list[Tensor] = []
+        self._values: list[Tensor] = []
 
     @torch.no_grad()
     def prepare(self, ids: Tensor, mask: Tensor | None) -> None:
-        """Measure on the first tokens of `ids` [N, L] how active each neuron is, where there is a prior."""
+        """Measure on the first tokens of `ids` [N, L] how active neurons and pairs are, where there is a prior."""
         if not self.prior:
             return
         rows = max(1, PRIOR_TOKENS // ids.shape[1])
-        device = self.inputs.device
         kept = torch.ones_like(ids[:rows], dtype=torch.bool) if mask is None else mask[:rows].bool()
-        energy: dict[int, Tensor] = {}
+        neurons, pairs = measure_activity(self.model, self.shape, self.family, ids[:rows].to(self.inputs.device), kept)
+        self.known_neurons = torch.stack([self._start(each) for each in neurons])
+        self.known_pairs = torch.stack([self._start(each) for each in pairs])
 
-        def see(trace: FFNTrace) -> None:
-            energy[trace.layer] = energy.get(trace.layer, 0.0) + trace.inner.double().square().sum(0)
-
-        with observe_ffns(self.model, self.shape.layers, self.family, see) as observers:
-            for row, real in zip(ids[:rows], kept, strict=True):
-                for observer in observers:
-                    observer.expect(real.nonzero()[:, 0], 0)
-                self.model.model(input_ids=row[None].to(device), use_cache=False)
-        width = self.shape.width
-        for n, layer in enumerate(self.shape.layers):
-            ffn = getattr(decoder(self.model).layers[layer], self.family.module)
-            worth = energy[layer].sqrt() * getattr(ffn, self.family.down).weight.double().norm(dim=0)
-            rank = worth.argsort(stable=True).argsort()
-            quantile = torch.special.ndtri((rank.double() + 0.5) / width)
-            shift = torch.special.ndtri(torch.tensor(self.target, dtype=torch.float64))
-            self.known[n] = (self.prior * (quantile + shift)).float().cpu()
-        self.known = self.known.to(device)
+    def _start(self, activity: Tensor) -> Tensor:
+        """Return what the prior adds to the logits of things of some `activity` [n]."""
+        rank = activity.argsort(stable=True).argsort()
+        quantile = torch.special.ndtri((rank.double() + 0.5) / len(activity))
+        shift = torch.special.ndtri(torch.tensor(self.target, dtype=torch.float64))
+        start: Tensor = self.prior * (quantile + shift)
+        return start.float()
 
     def embeddings(self) -> Tensor:
         """Return the experts' embeddings, [M, E, e]."""
         found: Tensor = self.hypernetwork(self.inputs)[0]
         return found
 
+    def of_ffns(self, embeddings: Tensor) -> Tensor:
+        """Return those of [M, E, e] that are of FFNs, [L, E, e]."""
+        return embeddings if self.attention == "none" else embeddings[1::2]
+
     def logits(self, layer: int, embeddings: Tensor) -> Tensor:
         """Return W_d GELU(LN(v)) + b and what the prior adds, for embeddings [..., e] of a layer, [..., F]."""
         decoded: Tensor = self.decoders[layer](functional.gelu(self.norms[layer](embeddings)))
-        return decoded + self.offset + self.known[layer]
+        return decoded + self.offset + self.known_neurons[layer]
+
+    def pair_logits(self, layer: int, embeddings: Tensor) -> Tensor:
+        """Return the logits of a layer's pairs, [h / 2], for all embeddings [M, E, e]."""
+        mixed = self.head_norms[layer](embeddings[2 * layer].mean(dim=0))
+        decoded: Tensor = self.head_decoders[layer](functional.gelu(mixed))[-self.shape.pairs :]
+        return decoded + self.offset + self.known_pairs[layer]
+
+    def value_logits(self, layer: int, embeddings: Tensor, hidden: Tensor) -> Tensor:
+        """Return the logits of the dimensions of each token's value, [..., h], for its input `hidden` [..., D]."""
+        mixed = self.head_norms[layer](self.entries[layer](hidden) + embeddings[2 * layer].mean(dim=0))
+        decoded: Tensor = self.head_decoders[layer](functional.gelu(mixed))[..., : 2 * self.shape.pairs]
+        return decoded + VALUE_OFFSET
 
     def mask(self, logits: Tensor) -> Tensor:
         """Return the mask of logits [..., F], 0 or 1, with the gradient of the sigmoid."""
@@ -161,29 +189,70 @@ class Fit(nn.Module):
         rows = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         likelihood = logits[rows].float().log_softmax(dim=-1)
         distilled = -(target[rows].float().softmax(dim=-1) * likelihood).sum(dim=-1).mean()
-        masks = [self.mask(self.logits(n, embeddings[n])) for n in range(len(self.shape.layers))]  # [E, F] each
-        widest = torch.stack([each.sum(dim=1).max() for each in masks]).mean() / self.shape.width
+        ffns = self.of_ffns(embeddings)
+        masks = [self.mask(self.logits(n, ffns[n])) for n in range(len(self.shape.layers))]  # [E, F] each
         covered = torch.stack([_apart((1 - (1 - each).prod(dim=0)).mean(), 1.0) for each in masks])
         shares = torch.stack([each[rows.flatten()].mean(dim=0) for each in self._choices])  # [M, E]
         return {
             "distill": self.distill * distilled,
-            "budget": self.budget * _apart(widest, self.target),
+            "budget": self.budget * _apart(self._used(masks, embeddings), self.target),
             "union": self.union * covered.sum() / (2 * len(masks)),
             "balance": self.balance * (shares.detach() * shares).sum(dim=1).mean(),
         }
 
+    def _used(self, masks: list[Tensor], embeddings: Tensor) -> Tensor:
+        """Return rho, for the masks [E, F] of the layers and those of attention."""
+        shape, layers = self.shape, range(len(masks))
+        used = shape.neuron_parameters * torch.stack([each.sum(dim=1).max() for each in masks]).sum()
+        whole = shape.neuron_parameters * shape.width
+        if self.attention != "none":
+            pairs = torch.stack([self.mask(self.pair_logits(n, embeddings)).sum() for n in layers])
+            used = used + shape.pair_parameters * pairs.sum()
+            whole += shape.pair_parameters * shape.pairs
+        if (
+            self.attention == "all"
+        ):  # a dimension of values, with its columns of the output, is as large as one of pairs
+            used = used + shape.pair_parameters / 2 * torch.stack(self._values).sum()
+            whole += shape.pair_parameters * shape.pairs
+        return used / (whole * len(masks))
+
     @contextlib.contextmanager
     def masked(self, embeddings: Tensor) -> Iterator[None]:
-        """Let each FFN of the model run the experts that are made of `embeddings` [M, E, e], in forwards inside."""
-        self._choices = []
-        ffns = [getattr(decoder(self.model).layers[layer], self.family.module) for layer in self.shape.layers]
+        """Let FFNs run the experts of `embeddings` [M, E, e], and attention leave out, in forwards inside."""
+        self._choices, self._values = [], []
+        layers = [decoder(self.model).layers[layer] for layer in self.shape.layers]
+        ffns, handles = [getattr(layer, self.family.module) for layer in layers], []
         for n, ffn in enumerate(ffns):
-            ffn.forward = partial(self._run, n, ffn, embeddings[n])
+            ffn.forward = partial(self._run, n, ffn, self.of_ffns(embeddings)[n])
+        if self.attention != "none":
+            for n, layer in enumerate(layers):
+                attention = getattr(layer, self.family.attention)
+                query, key, value = (getattr(attention, name) for name in self.family.projections)
+                kept = self.mask(self.pair_logits(n, embeddings))[self._pair_of.to(embeddings.device)]  # [h]
+                handles += [part.register_forward_hook(partial(_keep_dimensions, kept)) for part in (query, key)]
+                if self.attention == "all":
+                    handles.append(value.register_forward_hook(partial(self._mask_values, n, embeddings)))
         try:
             yield
         finally:
             for ffn in ffns:
                 del ffn.forward  # the class's own is seen again
+            for handle in handles:
+                handle.remove()
+
+    @cached_property
+    def _pair_of(self) -> Tensor:
+        """The pair of each dimension of a head, int64 [h]."""
+        pairs, config = self.shape.pairs, self.model.config.to_dict()
+        found = torch.zeros(2 * pairs, dtype=torch.long)
+        for pair in range(pairs):
+            found[dimensions_of([pair], 2 * pairs, self.family.rotary(config))] = pair
+        return found
+
+    def _mask_values(self, layer: int, embeddings: Tensor, projection: Any, inputs: Any, output: Tensor) -> Tensor:
+        mask = self.mask(self.value_logits(layer, embeddings, inputs[0].float()))  # [B, L, h]
+        self._values.append(mask.sum(dim=-1).max())
+        return _keep_dimensions(mask, projection, inputs, output)
 
     def _run(self, layer: int, ffn: Any, embeddings: Tensor, hidden: Tensor) -> Tensor:
         """Return what the FFN gives for `hidden` [B, L, D], every token with its expert's neurons."""
@@ -201,15 +270,74 @@ class Fit(nn.Module):
 
     @torch.no_grad()
     def arrays(self) -> dict[int, dict[str, NDArray[np.float32]]]:
-        """Return by layer `logits` float32 [E, F], an expert having the neurons above 0, and `router` [E, D]."""
-        embeddings = self.embeddings()
-        return {
-            layer: {
-                "logits": (self.logits(n, embeddings[n]) + MEDIAN).float().cpu().numpy(),
-                "router": self.routers[n].weight.detach().float().cpu().numpy(),  # type: ignore[union-attr,operator]
-            }
-            for n, layer in enumerate(self.shape.layers)
-        }
+        """Return by layer what is learnt, float32.
+
+        `logits` [E, F], an expert having the neurons above 0, and `router` [E, D]; with attention `pairs` [h / 2],
+        those above 0 being kept; with `all` the tensors of `NarrowAttention.values`.
+        """
+        embeddings, found = self.embeddings(), {}
+        for n, layer in enumerate(self.shape.layers):
+            own = {"logits": self.logits(n, self.of_ffns(embeddings)[n]) + MEDIAN, "router": self.routers[n].weight}
+            if self.attention != "none":
+                own["pairs"] = self.pair_logits(n, embeddings) + MEDIAN
+            if self.attention == "all":
+                norm: Any = self.head_norms[n]
+                own |= {"enter": self.entries[n].weight, "mean": embeddings[2 * n].mean(dim=0)}
+                own |= {"norm_weight": norm.weight, "norm_bias": norm.bias}
+                own["decode"] = self.head_decoders[n].weight[: 2 * self.shape.pairs]  # type: ignore[index]
+            found[layer] = {name: tensor.float().cpu().numpy() for name, tensor in own.items()}  # type: ignore[union-attr,operator]
+        return found
+
+
+@torch.no_grad()
+def measure_activity(
+    model: Any, shape: DenseShape, family: DenseFamily, ids: Tensor, kept: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return by layer how active neurons [F] and pairs [h / 2] are on `ids` int64 [N, L], where `kept` bool [N, L].
+
+    Neurons: root sum of squares of activations, times the norm of the column in the down projection. Pairs: the sum
+    over heads and both dimensions of the root sum of squares of queries times that of keys.
+    """
+    energy: dict[tuple[int, str], Tensor] = {}
+
+    def add(key: tuple[int, str], seen: Tensor) -> None:
+        energy[key] = energy.get(key, 0.0) + seen.double().square().sum(0)  # type: ignore[operator]
+
+    with contextlib.ExitStack() as undo:
+        observers = undo.enter_context(
+            observe_ffns(model, shape.layers, family, lambda trace: add((trace.layer, "neurons"), trace.inner))
+        )
+        rows: list[Tensor] = [kept[0]]
+        for layer in shape.layers:
+            attention = getattr(decoder(model).layers[layer], family.attention)
+            for name in family.projections[:2]:
+
+                def see(projection: Any, inputs: Any, output: Tensor, key: tuple[int, str] = (layer, name)) -> None:
+                    add(key, output[0][rows[0]])
+
+                undo.callback(getattr(attention, name).register_forward_hook(see).remove)
+        for row, real in zip(ids, kept, strict=True):
+            rows[0] = real
+            for observer in observers:
+                observer.expect(real.nonzero()[:, 0], 0)
+            decoder(model)(input_ids=row[None], use_cache=False)
+    head = 2 * shape.pairs
+    neurons, pairs = [], []
+    for layer in shape.layers:
+        ffn = getattr(decoder(model).layers[layer], family.module)
+        neurons.append(energy[layer, "neurons"].sqrt() * getattr(ffn, family.down).weight.double().norm(dim=0))
+        queries, keys = (energy[layer, name].sqrt().view(-1, head) for name in family.projections[:2])
+        products = queries * keys.repeat_interleave(len(queries) // len(keys), dim=0)  # [H, h]
+        rotary = family.rotary(model.config.to_dict())
+        by_pair = [products[:, dimensions_of([pair], head, rotary)].sum() for pair in range(shape.pairs)]
+        pairs.append(torch.stack(by_pair))
+    return neurons, pairs
+
+
+def _keep_dimensions(kept: Tensor, projection: Any, inputs: Any, output: Tensor) -> Tensor:
+    """Return a projection's output [..., heads x h] times the mask `kept` [..., h] of each head."""
+    heads = output.shape[-1] // kept.shape[-1]
+    return output * kept.repeat(*[1] * (kept.dim() - 1), heads).to(output.dtype)
 
 
 def _gumbel(like: Tensor) -> Tensor:

@@ -6,19 +6,26 @@ pruning by the same training, as DISP-LLM (arXiv 2410.11988) does.
 
 The learnt widths differ by layer and expert. Where `exact`, one number is added to all logits of all masks so that the
 widest experts hold the fraction 1 - ratio of the neurons, mean over layers: what the budget term of the loss asks for.
-The masks of attention are not part of this version.
+
+With `attention=pairs` queries and keys lose rotary pairs, and the ratio is of the parameters of FFNs, queries and keys.
+With `all` tokens also leave out dimensions of their values, as in the paper, whose loss counts them; since that saves
+nothing, they are no part of the ratio here.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.errors import UserError
+from espalier.errors import UserError, nearest
 from espalier.fit_settings import Fitting
 from espalier.methods.options import fraction, whole_number
 from espalier.methods.signatures import pieces, segments_of
+from espalier.narrow_attention import ROLES, NarrowAttention
+from espalier.operations import Operation
 from espalier.plan import Plan
 from espalier.plan_tensors import PlanTensor
 from espalier.shape import DenseShape
@@ -30,6 +37,9 @@ if TYPE_CHECKING:
 
 WHERE = "conf/method/tomoe.yaml"
 POSITIVE = ("temperature", "rate")
+ATTENTION = ("none", "pairs", "all")
+MEDIAN = -math.log(math.log(2))  # of the noise that values were learnt with
+VALUE_OFFSET = 3.0
 NUMBERS = ("offset", "prior", "distill", "budget", "union", "balance")
 
 
@@ -47,6 +57,7 @@ class Tomoe:
     temperature: float = 0.4
     offset: float = 3.0
     prior: float = 0.0
+    attention: str = "none"
     distill: float = 2.0
     budget: float = 16.0
     union: float = 3.0
@@ -69,6 +80,8 @@ class Tomoe:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or (key in POSITIVE and value <= 0):
                 raise UserError(f"{WHERE}: {key}={value} is not a number{' above 0' if key in POSITIVE else ''}.")
+        if self.attention not in ATTENTION:
+            raise UserError(f"{WHERE}: attention={self.attention!r}; {nearest(str(self.attention), list(ATTENTION))}.")
         if not isinstance(self.exact, bool):
             raise UserError(f"{WHERE}: exact={self.exact} is not true or false.")
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
@@ -80,8 +93,15 @@ class Tomoe:
     @property
     def fit(self) -> Fitting:
         """The settings of what is learnt."""
-        own = {"experts": self.experts, "embedding": self.embedding, "target": 1 - float(self.ratio), "seed": self.seed}
+        own: dict[str, Any] = {
+            "experts": self.experts,
+            "embedding": self.embedding,
+            "target": 1 - float(self.ratio),
+            "seed": self.seed,
+        }
         own |= {key: float(getattr(self, key)) for key in ("temperature", *NUMBERS)}
+        if self.attention != "none":
+            own["attention"] = self.attention
         return Fitting(
             "tomoe", self.rate, 1, self.batch, schedule="constant", weight_decay=0.05, tokens=self.tokens,
             seed=self.seed, own=own,
@@ -90,12 +110,15 @@ class Tomoe:
     def check(self, shape: DenseShape, tokens: int) -> None:
         """Raise UserError for a ratio that leaves all neurons, or none."""
         fraction("tomoe", self.ratio, shape.width, "neurons")
+        if self.attention != "none" and not shape.pairs:
+            raise UserError(f"{WHERE}: attention={self.attention}: {shape.family} does not say how wide heads are.")
 
     def plan(self, stats: Stats, shape: DenseShape, ffns: "FFNWeights") -> Plan:
         """Evidence per layer: widths of the experts, stored neurons, stretches of storage that an expert lies in."""
         learnt = dict(stats.layers("tomoe"))
-        shift = self._shift([arrays["logits"] for arrays in learnt.values()]) if self.exact else 0.0
-        layers, evidence = {}, {}
+        shift = self._shift(list(learnt.values()), shape) if self.exact else 0.0
+        layers: dict[int, tuple[Operation, ...]] = {}
+        evidence: dict[int, dict[str, Any]] = {}
         tensors: dict[str, PlanTensor] = {}
         for layer, arrays in learnt.items():
             masks = _masks(arrays["logits"], shift)
@@ -109,28 +132,54 @@ class Tomoe:
             layers[layer] = (Split(segments, neurons=name, **router),)
             widths = masks.sum(axis=1)
             evidence[layer] = {"widths": widths.tolist(), "stored": len(neurons), "pieces": pieces(units)}
+            if self.attention != "none":
+                narrow, own = self._narrow(layer, arrays, shift)
+                layers[layer] = (*layers[layer], narrow)
+                tensors |= own
+                evidence[layer]["pairs"] = narrow.kept
         return Plan({"name": "tomoe"} | asdict(self), layers, evidence, tensors=tensors)
 
-    def _shift(self, logits: list[NDArray[np.float32]]) -> float:
-        """Return the number that makes the widest experts as wide as the ratio asks for, by bisection."""
-        wanted = 1 - self.ratio
+    def _narrow(
+        self, layer: int, arrays: Mapping[str, NDArray[Any]], shift: float
+    ) -> tuple[NarrowAttention, dict[str, PlanTensor]]:
+        """Return what attention leaves out, with the tensors that say it."""
+        pairs = np.flatnonzero(_masks(arrays["pairs"][None], shift)[0])
+        tensors = {f"{layer}.pairs": PlanTensor.of(pairs)}
+        own: dict[str, Any] = {"pairs": f"{layer}.pairs", "kept": len(pairs)}
+        if self.attention == "all":
+            names = {role: f"{layer}.values.{role}" for role in ROLES}
+            tensors |= {name: PlanTensor.of(arrays[role]) for role, name in names.items()}
+            own |= {"values": names, "embedding": self.embedding, "offset": VALUE_OFFSET + MEDIAN}
+        return NarrowAttention(**own), tensors
 
-        def width(shift: float) -> float:
-            return float(np.mean([_masks(each, shift).sum(axis=1).max() / each.shape[1] for each in logits]))
+    def _shift(self, learnt: list[dict[str, NDArray[Any]]], shape: DenseShape) -> float:
+        """Return the number that makes the widest experts, and pairs, as many as the ratio asks for, by bisection."""
+        wanted = 1 - self.ratio
+        neuron, pair = shape.neuron_parameters, 0 if self.attention == "none" else shape.pair_parameters
+        whole = neuron * shape.width + pair * shape.pairs
+
+        def part(arrays: Mapping[str, NDArray[Any]], shift: float) -> float:
+            used = neuron * float(_masks(arrays["logits"], shift).sum(axis=1).max())
+            if pair:
+                used += pair * float(_masks(arrays["pairs"][None], shift).sum())
+            return used / whole
+
+        def fraction(shift: float) -> float:
+            return float(np.mean([part(arrays, shift) for arrays in learnt]))
 
         low, high = -1.0, 1.0
-        while width(low) > wanted:
+        while fraction(low) > wanted:
             low *= 2
-        while width(high) < wanted:
+        while fraction(high) < wanted:
             high *= 2
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if width(middle) < wanted else (low, middle)
-        return min((low, high), key=lambda shift: abs(width(shift) - wanted))
+            low, high = (middle, high) if fraction(middle) < wanted else (low, middle)
+        return min((low, high), key=lambda shift: abs(fraction(shift) - wanted))
 
 
 def _masks(logits: NDArray[np.float32], shift: float) -> NDArray[np.bool_]:
-    """Return which neurons each expert has, bool [E, F]; one without any has that of its largest logit."""
+    """Return what the logits [E, F] keep, bool; a row without any keeps that of its largest logit."""
     masks: NDArray[np.bool_] = logits + shift > 0
     for expert in np.flatnonzero(~masks.any(axis=1)):
         masks[expert, logits[expert].argmax()] = True
