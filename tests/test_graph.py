@@ -229,3 +229,22 @@ def test_rows_that_differ_in_seeds_are_one_line(tmp_path, monkeypatch):
         ("dsmoe", 3),
         ("dsmoe", 4),
     ]
+
+
+def test_a_block_may_name_its_rows(tmp_path, monkeypatch):
+    sweep = [
+        "{as: pruned, method: reap, method.ratio: 0.25}",
+        "{as: drawn, method: random, method.ratio: [0.25, 0.5], method.seed: [0, 1]}",
+        "{as: both, method: hc_smoe, zip: {method.ratio: [0.25, 0.5], method.linkage: [average, ward]}}",
+    ]
+    store = project(tmp_path, monkeypatch, sweep)
+    rows = next(node for node in graph.expand("mine", [], store).nodes if node.stage == "table").config["rows"]
+    assert [(row["label"], row["seed"]) for row in rows] == [
+        ("pruned", None),
+        ("drawn ratio=0.25", 0),
+        ("drawn ratio=0.25", 1),
+        ("drawn ratio=0.5", 0),
+        ("drawn ratio=0.5", 1),
+        ("both ratio=0.25 linkage=average", None),
+        ("both ratio=0.5 linkage=ward", None),
+    ]

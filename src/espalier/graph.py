@@ -8,10 +8,10 @@ from typing import Any
 from espalier import conf, methods, sources
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.labels import is_seed, row_label
+from espalier.labels import row_label
 from espalier.speed_settings import Timing
 from espalier.store import Node, Store, canonical, content_hash, digest, write_json
-from espalier.sweep import Composer, Config, Point, points
+from espalier.sweep import Composer, Config, Point, is_seed, points
 from espalier.tune_settings import Tuning
 
 COMPARED = 128  # likeliest tokens of the uncompressed model that a divergence tells apart; the others are one class

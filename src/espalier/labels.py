@@ -1,16 +1,13 @@
 """What the rows of a table are called."""
 
-from espalier.sweep import Config, Point
+from espalier.sweep import LABEL, Config, Point, is_seed
 from espalier.tune_settings import Tuning
 
 
-def is_seed(key: str) -> bool:
-    """Whether a key of a sweep is a seed: rows that differ only in seeds are one line of the table."""
-    return key.rpartition(".")[2] == "seed"
-
-
 def row_label(config: Config, point: Point) -> str:
-    """The name of a table's row: the method, what it removes, and what else the sweep varies but the seed."""
+    """The name of a table's row: the sweep's own, or the method, what it removes, and what else varies but the seed."""
+    if LABEL in point:
+        return str(point[LABEL])
     method, then = config["method"], config["then"]
     parts = ["full" if method["name"] == "none" else method["name"]]
     if method.get("ratio") is not None:

@@ -12,18 +12,30 @@ from espalier.store import canonical
 
 Config = dict[str, Any]
 Point = dict[str, Any]  # override key -> value
+LABEL = "label"  # of a point: what its row is called, not an override
+
+
+def is_seed(key: str) -> bool:
+    """Whether a key of a sweep is a seed: rows that differ only in seeds are one line of the table."""
+    return key.rpartition(".")[2] == "seed"
 
 
 def points(sweep: Sequence[Config]) -> Iterator[Point]:
     """Yield the points of a sweep: blocks one after another, keys crossed, `zip` keys walked together.
 
+    A block's `as` names its rows: `label` of a point is that name with the keys that have lists of values, but seeds.
     UserError when the lists of a `zip` differ in length or a block is not a mapping.
     """
     for block in sweep:
         if not isinstance(block, dict):
             raise UserError(f"sweep: {block!r} is not a mapping of keys to values.")
         axes: list[list[Point]] = []
+        name = block.get("as")
+        varied = [key for key, values in block.items() if isinstance(values, list) and not is_seed(key)]
+        varied += [key for key in block.get("zip", {}) if not is_seed(key)]
         for key, values in block.items():
+            if key == "as":
+                continue
             if key == "zip":
                 columns = {name: _values(column) for name, column in values.items()}
                 lengths = {name: len(column) for name, column in columns.items()}
@@ -34,7 +46,11 @@ def points(sweep: Sequence[Config]) -> Iterator[Point]:
             else:
                 axes.append([{key: value} for value in _values(values)])
         for combination in itertools.product(*axes):
-            yield {key: value for part in combination for key, value in part.items()}
+            point = {key: value for part in combination for key, value in part.items()}
+            if name is not None:
+                own = [f"{key.removeprefix('method.')}={point[key]}" for key in varied]
+                point[LABEL] = " ".join([str(name), *own])
+            yield point
 
 
 def _values(values: Any) -> list[Any]:
@@ -67,6 +83,7 @@ class Composer:
         """
         from omegaconf import OmegaConf
 
+        point = {key: value for key, value in point.items() if key != LABEL}
         groups = tuple(o for key, value in point.items() if _is_group(key) for o in _file_overrides([f"{key}={value}"]))
         composed = self._group(groups)
         config = copy.deepcopy({key: value for key, value in composed.items() if key != "sweep"})
