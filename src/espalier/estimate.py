@@ -10,6 +10,7 @@ A attention width, P parameters, p of one expert, b bytes a parameter in the fil
     Gram matrices              2 T' sum E^2 D               for `residual_gram`: T' = T if E <= 16, else <= 16,384
     memory of a model          c P whole; c (two neighbouring layers + V D) streamed, with c T D of activations
       of a forward pass        c t (8 D + K (3 F + 4 D)) + 4 t E; attention without a kernel of its own 3 c t L H
+        of a dense model       c t (8 D + 3 F)
       of all experts' outputs  (c + 8 n) E D t', t' of so many tokens that 8 E D t' <= 2^29; n float64 copies
       of a whole model         c P less what stays mapped: all but the experts, where c = b
       of logits, scoring       t V c + 8 L V; t V (c + 4) of choices, whole
@@ -121,6 +122,10 @@ def sampled(tokens: int, most: int) -> int:
 def statistics_bytes(sizes: Sizes, tokens: int, probes: Set[str]) -> float:
     """Bytes of the statistics of `probes`, of all layers."""
     k, total = sizes.top_k, 0.0
+    if not sizes.moe:
+        inputs = sampled(tokens, INPUT_TOKENS) * (4 * sizes.hidden + 8)
+        each = {"ffn_energy": 16 * sizes.dense_width, "ffn_inputs": inputs}
+        return float(len(sizes.count.layers) * sum(each.get(probe, 0) for probe in probes))
     for e in (layer.experts for layer in sizes.moe):
         gram = gram_sample(e, tokens) * gram_token_bytes(e)
         total += sum(
@@ -144,7 +149,8 @@ def statistics_bytes(sizes: Sizes, tokens: int, probes: Set[str]) -> float:
 
 def pass_bytes(sizes: Sizes, tokens: int, length: int, each: int) -> float:
     """Bytes that a forward pass of `tokens` needs in one layer, in a dtype of `each` bytes."""
-    peak = each * tokens * (8 * sizes.hidden + sizes.top_k * (3 * sizes.width + 4 * sizes.hidden))
+    inner = sizes.top_k * (3 * sizes.width + 4 * sizes.hidden) if sizes.moe else 3 * sizes.dense_width
+    peak = each * tokens * (8 * sizes.hidden + inner)
     peak += 4 * tokens * sizes.experts
     if sizes.eager:
         peak += 3 * each * tokens * length * sizes.heads

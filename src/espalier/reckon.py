@@ -229,6 +229,8 @@ class Reckoner:
         ratio, router = method.get("ratio"), _router(method)
         if before is None or ratio is None or router == "tie":
             return before
+        if not before.moe:  # of a dense model, only static pruning makes the files smaller
+            return before.narrower(ratio) if method.get("name") == "static" else before
         return before.without(round(ratio * before.experts), rows=router != "remap")
 
     def _calibration(self, config: Document, shard: list[int] | None = None) -> tuple[int, int]:

@@ -71,6 +71,12 @@ class Sizes:
         """Parameters of the largest matrix of a layer that is read at once: of one expert, or of what is dense."""
         return self.hidden * max(self.width, self.dense_width, self.hidden)
 
+    def narrower(self, ratio: float) -> "Sizes":
+        """Return the sizes of a dense model whose FFNs lost the fraction `ratio` of their neurons."""
+        kept = self.dense_width - round(ratio * self.dense_width)
+        layers = tuple(replace(layer, rest=layer.rest * kept // self.dense_width) for layer in self.count.layers)
+        return replace(self, count=replace(self.count, layers=layers), dense_width=kept)
+
     @property
     def outside(self) -> int:
         """Parameters outside of the decoder layers."""

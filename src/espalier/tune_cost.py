@@ -1,7 +1,8 @@
 """What router tuning and its teacher cost a model of given sizes; the legend is that of `estimate.py`.
 
 FLOPs: the teacher one forward pass; tuning through the model two a token read (a pass back to the routers needs the
-gradients of activations, not of weights); tuning by layers a forward pass of either model over the text, then three
+gradients of activations, not of weights), three where the FFNs are trained, whose gradients and moments are three
+times as large as they are; tuning by layers a forward pass of either model over the text, then three
 of the blocks alone over what is read. Memory through the model: all layers' activations of a micro-batch at once.
 """
 
@@ -52,8 +53,13 @@ def tune_cost(
         cost = Cost(flops, 2 * size + original.disk_bytes, size, size, size)
         return placed(cost, weights + 4 * pass_bytes(sizes, batch, length, each), states, running, hardware)
     working = len(sizes.count.layers) * pass_bytes(sizes, batch, length, each) + batch * sizes.vocabulary * (each + 12)
-    cost = Cost(2 * forward_flops(sizes, tuning.tokens, length), 2 * size, size, size, size)
-    return placed(cost, each * sizes.loaded + working, 0.0, running, hardware)
+    passes, trained = 2, 0
+    if tuning.train != "routers":
+        passes, trained = 3, sizes.loaded
+        if tuning.train == "ffn":
+            trained = sum(layer.feed_forward for layer in sizes.count.layers)
+    cost = Cost(passes * forward_flops(sizes, tuning.tokens, length), 2 * size, size, size, size)
+    return placed(cost, each * (sizes.loaded + 3 * trained) + working, 0.0, running, hardware)
 
 
 def placed(cost: Cost, computing: float, keeping: float, running: Running, hardware: Hardware) -> Cost:

@@ -1,0 +1,51 @@
+"""What is predicted of dense models, against what is written and counted."""
+
+import numpy as np
+import pytest
+
+from dense_models import save_dense
+from espalier import conf, estimate, sizes
+from espalier.apply import apply
+from espalier.checkpoint import Checkpoint
+from espalier.collect import collect_checkpoint
+from espalier.hardware import Hardware
+from espalier.methods import build, make_plan
+from espalier.running import Running
+from espalier.stats import Stats
+from espalier.tune_cost import tune_cost
+from espalier.tune_settings import Tuning
+
+WHOLE = Running.of(device="cpu", stream="never")
+HARDWARE = Hardware("test", cores=2, flops=1e12, memory=1e12, disk=1e9, startup=0)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense("llama", tmp_path_factory.mktemp("dense"))
+
+
+@pytest.mark.parametrize("probe", ["ffn_energy", "ffn_inputs"])
+def test_statistics_of_dense_models_have_the_predicted_size(probe, dense):
+    ids = np.random.default_rng(0).integers(3, 90, (6, 16)).astype(np.int32)
+    stats = collect_checkpoint(dense, "float32", WHOLE, ids, None, [probe])
+    found = sum(array.nbytes for arrays in stats.arrays.values() for array in arrays.values())
+    assert estimate.statistics_bytes(sizes.sizes_of(str(dense)), ids.size, {probe}) == found
+
+
+def test_static_pruning_makes_the_files_smaller(dense, tmp_path):
+    shape = Checkpoint(dense).dense_shape()
+    method = build(conf.load("method", "static") | {"score": "magnitude", "ratio": 0.25})
+    apply(dense, make_plan(method, Stats.empty(shape), shape, dense), tmp_path / "out", prove=False)
+    expected = sizes.sizes_of(str(tmp_path / "out"))
+    found = sizes.sizes_of(str(dense)).narrower(0.25)
+    assert (found.parameters, found.dense_width) == (expected.parameters, expected.dense_width)
+
+
+def test_training_ffns_costs_three_passes_and_their_moments(dense):
+    found = sizes.sizes_of(str(dense))
+    tunings = [Tuning("x", "lm", 1e-4, 640, train=train) for train in ("routers", "ffn", "all")]
+    routers, ffn, every = (tune_cost(found, found, 640, 16, tuning, "float32", WHOLE, HARDWARE) for tuning in tunings)
+    assert ffn.flops == every.flops == 1.5 * routers.flops
+    neurons = 2 * 48 * 3 * 32
+    assert ffn.memory - routers.memory == 3 * 4 * neurons
+    assert every.memory - routers.memory == 3 * 4 * found.loaded
