@@ -27,6 +27,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: env
 	$(BIN)/espalier run demo --cores $(CORES)
+	$(BIN)/espalier run dense_demo --cores $(CORES)
 
 results: env
 	$(BIN)/espalier run results --cores $(CORES)
