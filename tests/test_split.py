@@ -252,3 +252,25 @@ def test_a_checkpoint_is_not_larger_than_the_model_and_its_routers(models, tmp_p
     routers = LAYERS * 4 * 32
     dropped = LAYERS * (WIDTH - KINDS["tomoe"].width) * 3 * 32
     assert Checkpoint(tmp_path / "out").parameters == Checkpoint(models("llama")).parameters + routers - dropped
+
+
+@pytest.mark.parametrize("gap", [0, 32])
+@pytest.mark.parametrize("kind", ["tomoe", "two_overlapping", "cmoe", "llama_moe", "dsmoe", "threshold_one"])
+def test_a_single_token_in_bf16_reads_rows_wherever_they_lie(kind, gap, monkeypatch):
+    """Segments apart from each other, in and out of reach of one piece, against the formula in float64."""
+    monkeypatch.setattr("espalier.sparse_ffn.GAP", gap)
+    monkeypatch.setattr("espalier.sparse_ffn.ALIGN", 4)
+    ffn = make_ffn(kind).bfloat16().eval()
+    ffn.router.float()
+    rows = torch.randn(20, 32, generator=torch.Generator().manual_seed(3)).bfloat16()
+    seen = set()
+    with torch.inference_mode():
+        for x in rows:
+            weights = ffn.router(x[None], ffn.act_fn)
+            seen.add(tuple(weights[0].nonzero()[:, 0].tolist()))
+            gate, up = ffn.gate_proj.weight.double() @ x.double(), ffn.up_proj.weight.double() @ x.double()
+            inner = torch.nn.functional.silu(gate) * up * ffn.neuron_weights(weights)[0]
+            expected = ffn.down_proj.weight.double() @ inner
+            found = ffn(x[None])[0].double()
+            assert float((found - expected).abs().max()) <= 0.03 * float(expected.abs().max())
+    assert len(seen) > 1
