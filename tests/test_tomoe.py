@@ -166,7 +166,7 @@ def test_the_exported_model_computes_what_the_masked_one_does(family, models, le
             own.routers[n].weight.copy_(torch.from_numpy(arrays["router"]))
         kept = {n: torch.from_numpy(arrays["logits"]) - MEDIAN for n, (_, arrays) in enumerate(stats.layers("tomoe"))}
         # r V is one of the embeddings: those of experts are numbered through here.
-        own.logits = lambda layer, chosen: chosen @ kept[layer]
+        own.logits = lambda layer, embeddings, choice=None: choice @ kept[layer]
         with own.masked(torch.eye(4).expand(LAYERS, 4, 4)):
             expected = own.model(input_ids=torch.tensor(IDS).long()).logits
         found = runtime.load(tmp_path / "out")(input_ids=torch.tensor(IDS).long()).logits
@@ -275,10 +275,30 @@ def test_the_plan_says_what_it_was_made_with(models, learnt):
 # The prior
 
 
+def activations(own, family, ids, mask):
+    """Inputs [T, D] and activations times columns' norms [T, F] of each FFN, from plain forwards."""
+    inputs, found = [[] for _ in range(LAYERS)], [[] for _ in range(LAYERS)]
+    with torch.no_grad():
+        for row, real in zip(ids, mask, strict=True):
+            for layer in range(LAYERS):
+                ffn = own.model.model.layers[layer].mlp
+                handle = ffn.register_forward_pre_hook(lambda module, args, n=layer: inputs[n].append(args[0][0]))
+                own.model(input_ids=row[None, : int(real.sum())])
+                handle.remove()
+                x = inputs[layer][-1]
+                if family == "phi":
+                    inner, down = ffn.activation_fn(ffn.fc1(x)), ffn.fc2
+                else:
+                    inner, down = torch.nn.functional.silu(ffn.gate_proj(x)) * ffn.up_proj(x), ffn.down_proj
+                found[layer].append(inner * down.weight.norm(dim=0))
+    return [torch.cat(part).numpy() for part in inputs], [torch.cat(part).numpy() for part in found]
+
+
+@pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "phi"])
-def test_a_prior_starts_from_static_pruning(family, models):
-    """With decoders that say nothing, every expert has the most active neurons, in the number of the target."""
-    own = learner(models, family, prior=3.0, offset=-MEDIAN, target=0.25)
+def test_a_prior_starts_from_what_is_active_on_an_experts_tokens(family, experts, models):
+    """With decoders that say nothing; every token belongs to the centre that its direction is nearest to."""
+    own = learner(models, family, prior=3.0, offset=-MEDIAN, target=0.25, experts=experts)
     ids = torch.tensor(IDS).long()
     mask = torch.ones_like(ids)
     mask[3, 5:] = 0
@@ -286,24 +306,28 @@ def test_a_prior_starts_from_static_pruning(family, models):
     with torch.no_grad():
         for decoder in own.decoders:
             decoder.weight.zero_()
-    activity = np.zeros((LAYERS, WIDTH))
-    with torch.no_grad():
-        for row, real in zip(ids, mask, strict=True):
-            for layer in range(LAYERS):
-                ffn, seen = own.model.model.layers[layer].mlp, []
-                handle = ffn.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0][0]))
-                own.model(input_ids=row[None, : int(real.sum())])
-                handle.remove()
-                if family == "phi":
-                    inner, down = ffn.activation_fn(ffn.fc1(seen[0])), ffn.fc2
-                else:
-                    inner, down = torch.nn.functional.silu(ffn.gate_proj(seen[0])) * ffn.up_proj(seen[0]), ffn.down_proj
-                activity[layer] += ((inner * down.weight.norm(dim=0)) ** 2).sum(0).numpy()
+    inputs, found = activations(own, family, ids, mask)
     for layer, arrays in own.arrays().items():
-        expected = np.zeros(WIDTH, bool)
-        expected[np.argsort(-activity[layer])[: WIDTH // 4]] = True
-        for logits in arrays["logits"]:
-            assert ((logits > 0) == expected).all()
+        x, energy = inputs[layer].astype(np.float64), found[layer].astype(np.float64) ** 2
+        centres = arrays["router"] / np.linalg.norm(arrays["router"], axis=1, keepdims=True)
+        scale = np.linalg.norm(arrays["router"], axis=1) * np.linalg.norm(x, axis=1).mean()
+        assert scale == pytest.approx(np.full(experts, 20.0), rel=1e-4)
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        # k-means compares with the centres before they are made as long as 1
+        means = np.stack([unit[(unit @ centres.T).argmax(1) == e].mean(0) for e in range(experts)])
+        own_cluster = ((unit[:, None] - means) ** 2).sum(-1).argmin(1)
+        for e in range(experts):
+            tokens = energy[own_cluster == e]
+            mean = (tokens.sum(0) + 64 * energy.mean(0)) / (len(tokens) + 64)
+            expected = np.zeros(WIDTH, bool)
+            expected[np.argsort(-mean)[: WIDTH // 4]] = True
+            assert ((arrays["logits"][e] > 0) != expected).sum() <= (0 if experts == 1 else 2)
+
+
+def test_more_clusters_than_tokens_are_refused(models):
+    own = learner(models, prior=1.0, experts=4)
+    with pytest.raises(UserError, match="3 tokens cannot be put into 4 clusters"):
+        own.prepare(torch.tensor(IDS[:1, :3]).long(), None)
 
 
 def test_without_a_prior_nothing_is_measured(models):

@@ -28,11 +28,13 @@ between the fraction of neurons that some expert has and 1, summed over layers a
 over layers.
 
 The decoder has to travel from masks that are nearly full to the budget, which takes thousands of steps at the
-authors' rate. A `prior` above 0, which they do not have, starts from what is known: prior (z_j + z) is added to the
-logits of all experts, z_j the normal quantile of neuron j's rank by activity (root mean square of its activation times
-the norm of its column in the down projection, on the first tokens of the text), z that of the target, so that the share
-of the neurons above 0 is p. Then `offset` is best 0: experts start as static pruning by activity, and learn to differ.
-Pairs likewise, by the root mean squares of their queries times those of their keys. Values always start from b = 3.
+authors' rate. A `prior` above 0, which they do not have, starts from what is known (`espalier.activity`): the inputs
+of each FFN on the first tokens of the text are put into E clusters by direction, the router starts as 20 cosines with
+their centres, and prior (z_j + z) is added to the logits of each expert: z_j the normal quantile of neuron j's rank by
+activity on the expert's own tokens (root mean square of its activation times the norm of its column in the down
+projection), z that of the target, so that the share of the neurons above 0 is p. Then `offset` is best 0. With one
+expert, training starts from static pruning by activity. Pairs likewise, by the root mean squares of their queries times
+those of their keys. Values always start from b = 3.
 
 Shapes: B sequences, L tokens, T' = B x L, D hidden, F neurons, E experts, M modules (layers; with
 attention twice as many), e embedding, h dimensions of a head.
@@ -52,15 +54,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from espalier.activity import measure_activity
 from espalier.dense_families import DenseFamily
 from espalier.narrow_attention import dimensions_of
-from espalier.observe_ffn import observe_ffns
 from espalier.runtime import decoder
 from espalier.shape import DenseShape
 
 SMOOTHING = 1e-3  # c
 MEDIAN = -math.log(math.log(2))  # m
 PRIOR_TOKENS = 4096  # on which activity is measured
+PEAKED = 20.0  # scores of a prior's router: so many times the cosine with the middle of an expert's tokens
 VALUE_OFFSET = 3.0  # b, for values
 
 
@@ -113,7 +116,8 @@ class Fit(nn.Module):
                 self.head_decoders = nn.ModuleList(nn.Linear(embedding, size, bias=False) for _ in range(layers))
             if attention == "all":
                 self.entries = nn.ModuleList(nn.Linear(shape.hidden, embedding, bias=False) for _ in range(layers))
-        self.known_neurons = torch.zeros(layers, shape.width)  # [L, F], what the prior adds
+        self.seed = seed
+        self.known_neurons = torch.zeros(layers, experts, shape.width)  # [L, E, F], what the prior adds
         self.known_pairs = torch.zeros(layers, shape.pairs)
         self.noisy = True
         self._choices: list[Tensor] = []
@@ -124,11 +128,16 @@ class Fit(nn.Module):
         """Measure on the first tokens of `ids` [N, L] how active neurons and pairs are, where there is a prior."""
         if not self.prior:
             return
-        rows = max(1, PRIOR_TOKENS // ids.shape[1])
+        rows, device = max(1, PRIOR_TOKENS // ids.shape[1]), self.inputs.device
         kept = torch.ones_like(ids[:rows], dtype=torch.bool) if mask is None else mask[:rows].bool()
-        neurons, pairs = measure_activity(self.model, self.shape, self.family, ids[:rows].to(self.inputs.device), kept)
-        self.known_neurons = torch.stack([self._start(each) for each in neurons])
-        self.known_pairs = torch.stack([self._start(each) for each in pairs])
+        known = measure_activity(
+            self.model, self.shape, self.family, ids[:rows].to(device), kept, self.experts, self.seed
+        )
+        neurons = [torch.stack([self._start(each) for each in layer.neurons]) for layer in known]
+        self.known_neurons = torch.stack(neurons).to(device)
+        self.known_pairs = torch.stack([self._start(layer.pairs) for layer in known]).to(device)
+        for router, layer in zip(self.routers, known, strict=True):
+            router.weight.copy_(PEAKED / layer.norm * layer.centres)  # type: ignore[union-attr,operator]
 
     def _start(self, activity: Tensor) -> Tensor:
         """Return what the prior adds to the logits of things of some `activity` [n]."""
@@ -147,10 +156,16 @@ class Fit(nn.Module):
         """Return those of [M, E, e] that are of FFNs, [L, E, e]."""
         return embeddings if self.attention == "none" else embeddings[1::2]
 
-    def logits(self, layer: int, embeddings: Tensor) -> Tensor:
-        """Return W_d GELU(LN(v)) + b and what the prior adds, for embeddings [..., e] of a layer, [..., F]."""
+    def logits(self, layer: int, embeddings: Tensor, choice: Tensor | None = None) -> Tensor:
+        """Return W_d GELU(LN(v)) + b and what the prior adds, [E, F], for the embeddings [E, e] of a layer.
+
+        Or [T', F], of the experts that the one-hot rows `choice` [T', E] say: v is then r V.
+        """
+        known = self.known_neurons[layer]
+        if choice is not None:
+            embeddings, known = choice @ embeddings, choice @ known
         decoded: Tensor = self.decoders[layer](functional.gelu(self.norms[layer](embeddings)))
-        return decoded + self.offset + self.known_neurons[layer]
+        return decoded + self.offset + known
 
     def pair_logits(self, layer: int, embeddings: Tensor) -> Tensor:
         """Return the logits of a layer's pairs, [h / 2], for all embeddings [M, E, e]."""
@@ -259,7 +274,7 @@ class Fit(nn.Module):
         flat = hidden.reshape(-1, hidden.shape[-1])
         chosen = self.choice(layer, flat.float())
         self._choices.append(chosen)
-        mask = self.mask(self.logits(layer, chosen @ embeddings)).to(flat.dtype)
+        mask = self.mask(self.logits(layer, embeddings, chosen)).to(flat.dtype)
         activation, up = getattr(ffn, self.family.activation), getattr(ffn, self.family.up)(flat)
         if self.family.gate is None:
             inner = mask * activation(up)
@@ -287,51 +302,6 @@ class Fit(nn.Module):
                 own["decode"] = self.head_decoders[n].weight[: 2 * self.shape.pairs]  # type: ignore[index]
             found[layer] = {name: tensor.float().cpu().numpy() for name, tensor in own.items()}  # type: ignore[union-attr,operator]
         return found
-
-
-@torch.no_grad()
-def measure_activity(
-    model: Any, shape: DenseShape, family: DenseFamily, ids: Tensor, kept: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return by layer how active neurons [F] and pairs [h / 2] are on `ids` int64 [N, L], where `kept` bool [N, L].
-
-    Neurons: root sum of squares of activations, times the norm of the column in the down projection. Pairs: the sum
-    over heads and both dimensions of the root sum of squares of queries times that of keys.
-    """
-    energy: dict[tuple[int, str], Tensor] = {}
-
-    def add(key: tuple[int, str], seen: Tensor) -> None:
-        energy[key] = energy.get(key, 0.0) + seen.double().square().sum(0)  # type: ignore[operator]
-
-    with contextlib.ExitStack() as undo:
-        observers = undo.enter_context(
-            observe_ffns(model, shape.layers, family, lambda trace: add((trace.layer, "neurons"), trace.inner))
-        )
-        rows: list[Tensor] = [kept[0]]
-        for layer in shape.layers:
-            attention = getattr(decoder(model).layers[layer], family.attention)
-            for name in family.projections[:2]:
-
-                def see(projection: Any, inputs: Any, output: Tensor, key: tuple[int, str] = (layer, name)) -> None:
-                    add(key, output[0][rows[0]])
-
-                undo.callback(getattr(attention, name).register_forward_hook(see).remove)
-        for row, real in zip(ids, kept, strict=True):
-            rows[0] = real
-            for observer in observers:
-                observer.expect(real.nonzero()[:, 0], 0)
-            decoder(model)(input_ids=row[None], use_cache=False)
-    head = 2 * shape.pairs
-    neurons, pairs = [], []
-    for layer in shape.layers:
-        ffn = getattr(decoder(model).layers[layer], family.module)
-        neurons.append(energy[layer, "neurons"].sqrt() * getattr(ffn, family.down).weight.double().norm(dim=0))
-        queries, keys = (energy[layer, name].sqrt().view(-1, head) for name in family.projections[:2])
-        products = queries * keys.repeat_interleave(len(queries) // len(keys), dim=0)  # [H, h]
-        rotary = family.rotary(model.config.to_dict())
-        by_pair = [products[:, dimensions_of([pair], head, rotary)].sum() for pair in range(shape.pairs)]
-        pairs.append(torch.stack(by_pair))
-    return neurons, pairs
 
 
 def _keep_dimensions(kept: Tensor, projection: Any, inputs: Any, output: Tensor) -> Tensor:
