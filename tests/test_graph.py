@@ -248,3 +248,23 @@ def test_a_block_may_name_its_rows(tmp_path, monkeypatch):
         ("both ratio=0.25 linkage=average", None),
         ("both ratio=0.5 linkage=ward", None),
     ]
+
+
+def test_a_sweep_takes_its_seeds_from_the_command_line(tmp_path, monkeypatch):
+    store = project(tmp_path, monkeypatch, ["{method: random, method.ratio: 0.5, method.seed: '${seeds}'}"])
+
+    def seeds(*overrides):
+        nodes = graph.expand("mine", overrides, store).nodes
+        return [row["seed"] for row in next(node for node in nodes if node.stage == "table").config["rows"]]
+
+    assert seeds() == [0, 1, 2]
+    assert seeds("seeds=[4]") == [4]
+    bad = project(tmp_path, monkeypatch, ["{method: random, method.seed: '${sedes}'}"], name="bad")
+    with pytest.raises(UserError, match=r"conf/experiment/bad.yaml: sweep: .*sedes"):
+        graph.expand("bad", [], bad)
+
+
+def test_a_file_that_is_no_yaml_is_named_with_its_line(tmp_path, monkeypatch):
+    store = project(tmp_path, monkeypatch, ["{method: random, method.seed: ${seeds}}"])
+    with pytest.raises(UserError, match=r"conf/experiment/mine\.yaml, line 5: expected ',' or '}', but got '{'"):
+        graph.expand("mine", [], store)

@@ -72,9 +72,20 @@ class Composer:
             raise UserError(f"experiment={experiment}: no conf/experiment/{experiment}.yaml; {known}.")
 
     def sweep(self) -> list[Config]:
-        """Return the experiment's `sweep`, a list of blocks."""
-        blocks: list[Config] = self._group(())["sweep"]
-        return blocks
+        """Return the experiment's `sweep`, a list of blocks, with `${seeds}` and the like filled in.
+
+        UserError for an interpolation of a key that there is not.
+        """
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        composed = self._group(())
+        try:
+            filled = OmegaConf.to_container(OmegaConf.select(OmegaConf.create(composed), "sweep"), resolve=True)
+        except OmegaConfBaseException as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"conf/experiment/{self.experiment}.yaml: sweep: {first}") from None
+        return filled  # type: ignore[return-value]
 
     def compose(self, point: Point) -> Config:
         """Return the configuration of one point as plain dictionaries, interpolations resolved, without `sweep`.
@@ -108,6 +119,7 @@ class Composer:
         from hydra.errors import HydraException
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
 
         if groups not in self._composed:
             try:
@@ -115,6 +127,8 @@ class Composer:
                     # Group choices of the point come after the user's, so that a sweep wins over a default.
                     composed = compose("config", [*self.overrides, *groups])
                     self._composed[groups] = OmegaConf.to_container(composed, resolve=False)  # type: ignore[assignment]
+            except YAMLError as error:
+                raise UserError(_yaml_error(error)) from None
             except (HydraException, OmegaConfBaseException) as error:
                 raise UserError(_compose_error(error, [*self.overrides[1:], *groups])) from None
         return self._composed[groups]
@@ -138,6 +152,12 @@ def _file_overrides(overrides: Sequence[str]) -> list[str]:
         else:
             result.append(override)
     return result
+
+
+def _yaml_error(error: Any) -> str:
+    """Return what is wrong with a file, in one line, and where."""
+    mark = error.problem_mark
+    return f"{mark.name}, line {mark.line + 1}: {error.problem}. Put quotes around values with braces or colons."
 
 
 def _compose_error(error: Exception, overrides: Sequence[str]) -> str:
