@@ -155,9 +155,9 @@ def test_an_interrupted_fit_ends_with_the_same_numbers(models, learnt, tmp_path,
 
 @pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
 def test_the_exported_model_computes_what_the_masked_one_does(family, models, learnt, tmp_path):
-    stats, _ = learnt(family, exact=False)
+    stats, _ = learnt(family, exact="none")
     directory, shape = models(family), Checkpoint(models(family)).dense_shape()
-    plan = make_plan(make(exact=False), stats, shape, directory)
+    plan = make_plan(make(exact="none"), stats, shape, directory)
     apply(directory, plan, tmp_path / "out")
     own = learner(models, family)
     own.noisy = False
@@ -183,6 +183,14 @@ def test_the_ratio_is_met_by_the_widest_experts(ratio, models, learnt):
         assert operations[0].widest == max(plan.evidence[layer]["widths"])
 
 
+def test_the_ratio_may_be_met_by_the_average_expert(models, learnt):
+    stats, _ = learnt("llama")
+    plan = make_plan(make(exact="mean"), stats, Checkpoint(models("llama")).dense_shape(), models("llama"))
+    mean = np.mean([plan.evidence[layer]["widths"] for layer in range(LAYERS)])
+    assert mean / WIDTH == pytest.approx(0.5, abs=0.5 / WIDTH + 1e-9)
+    assert max(plan.evidence[0]["widths"]) > mean
+
+
 def test_one_expert_is_static_pruning(models, tmp_path):
     shape, directory = Checkpoint(models("llama")).dense_shape(), models("llama")
     method = make(experts=1)
@@ -201,7 +209,7 @@ def test_an_expert_without_neurons_gets_its_best(models):
     logits[3, 7] = -4.0
     router = np.zeros((4, HIDDEN), np.float32)
     stats = Stats(shape, (), {("tomoe", n): {"logits": logits, "router": router} for n in range(LAYERS)})
-    plan = make_plan(make(exact=False), stats, shape, models("llama"))
+    plan = make_plan(make(exact="none"), stats, shape, models("llama"))
     assert plan.evidence[0]["widths"][3] == 1
 
 
@@ -250,7 +258,7 @@ def test_a_path_is_an_order_and_not_longer_than_by_chance():
         ("embedding", 18, "is not a multiple of 4. Use 16"),
         ("temperature", 0, "is not a number above 0"),
         ("budget", "much", "is not a number"),
-        ("exact", 1, "is not true or false"),
+        ("exact", 1, "known: mean, none, widest"),
         ("tokens", 0, "is not a whole number >= 1"),
     ],
 )
@@ -406,7 +414,7 @@ def test_all_of_attention_kept_is_the_dense_model(family, models):
 @pytest.mark.parametrize("family", ["llama", "phi", "qwen3", "gemma2"])
 def test_exported_attention_computes_what_the_masked_one_does(family, models, tmp_path):
     directory, shape = models(family), Checkpoint(models(family)).dense_shape()
-    method = make(attention="all", exact=False, offset=0.0)
+    method = make(attention="all", exact="none", offset=0.0)
     own = learner(models, family, attention="all", offset=0.0, experts=4)
     wild(own)
     own.noisy = False

@@ -4,8 +4,9 @@ Gao et al., TMLR 2026 (arXiv 2501.15316). Which neurons an expert has and which 
 (`espalier.fits.tomoe`); what an expert gives is not weighed. With `experts=1` every token runs the same neurons: static
 pruning by the same training, as DISP-LLM (arXiv 2410.11988) does.
 
-The learnt widths differ by layer and expert. Where `exact`, one number is added to all logits of all masks so that the
-widest experts hold the fraction 1 - ratio of the neurons, mean over layers: what the budget term of the loss asks for.
+The learnt widths differ by layer and expert. One number is added to all logits of all masks so that experts hold the
+fraction 1 - ratio of the neurons, mean over layers: with `exact=widest` the widest of each layer, what the budget term
+of the loss asks for; with `mean` their average, about what tokens run, since load is balanced; with `none` no number.
 
 With `attention=pairs` queries and keys lose rotary pairs, and the ratio is of the parameters of FFNs, queries and keys.
 With `all` tokens also leave out dimensions of their values, as in the paper, whose loss counts them; since that saves
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 WHERE = "conf/method/tomoe.yaml"
 POSITIVE = ("temperature", "rate")
+EXACT = ("widest", "mean", "none")
 ATTENTION = ("none", "pairs", "all")
 MEDIAN = -math.log(math.log(2))  # of the noise that values were learnt with
 VALUE_OFFSET = 3.0
@@ -52,7 +54,7 @@ class Tomoe:
 
     ratio: float
     experts: int = 8
-    exact: bool = True
+    exact: str = "widest"
     embedding: int = 128
     temperature: float = 0.4
     offset: float = 3.0
@@ -82,8 +84,8 @@ class Tomoe:
                 raise UserError(f"{WHERE}: {key}={value} is not a number{' above 0' if key in POSITIVE else ''}.")
         if self.attention not in ATTENTION:
             raise UserError(f"{WHERE}: attention={self.attention!r}; {nearest(str(self.attention), list(ATTENTION))}.")
-        if not isinstance(self.exact, bool):
-            raise UserError(f"{WHERE}: exact={self.exact} is not true or false.")
+        if self.exact not in EXACT:
+            raise UserError(f"{WHERE}: exact={self.exact!r}; {nearest(str(self.exact), list(EXACT))}.")
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
             raise UserError(
                 f"{WHERE}: ratio={self.ratio} is not a fraction in (0, 1) of neurons that a token leaves out."
@@ -116,7 +118,7 @@ class Tomoe:
     def plan(self, stats: Stats, shape: DenseShape, ffns: "FFNWeights") -> Plan:
         """Evidence per layer: widths of the experts, stored neurons, stretches of storage that an expert lies in."""
         learnt = dict(stats.layers("tomoe"))
-        shift = self._shift(list(learnt.values()), shape) if self.exact else 0.0
+        shift = self._shift(list(learnt.values()), shape) if self.exact != "none" else 0.0
         layers: dict[int, tuple[Operation, ...]] = {}
         evidence: dict[int, dict[str, Any]] = {}
         tensors: dict[str, PlanTensor] = {}
@@ -153,13 +155,14 @@ class Tomoe:
         return NarrowAttention(**own), tensors
 
     def _shift(self, learnt: list[dict[str, NDArray[Any]]], shape: DenseShape) -> float:
-        """Return the number that makes the widest experts, and pairs, as many as the ratio asks for, by bisection."""
+        """Return the number that makes experts, and pairs, as many as the ratio asks for, by bisection."""
         wanted = 1 - self.ratio
         neuron, pair = shape.neuron_parameters, 0 if self.attention == "none" else shape.pair_parameters
         whole = neuron * shape.width + pair * shape.pairs
 
         def part(arrays: Mapping[str, NDArray[Any]], shift: float) -> float:
-            used = neuron * float(_masks(arrays["logits"], shift).sum(axis=1).max())
+            widths = _masks(arrays["logits"], shift).sum(axis=1)
+            used = neuron * float(widths.max() if self.exact == "widest" else widths.mean())
             if pair:
                 used += pair * float(_masks(arrays["pairs"][None], shift).sum())
             return used / whole
