@@ -12,10 +12,10 @@ from espalier import dense_families, runtime
 from espalier.apply import apply
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.live_split import live_split
+from espalier.live_split import LiveSplit, live_split
 from espalier.operations import Keep
 from espalier.plan import Plan
-from espalier.prove import prove
+from espalier.prove import LENGTH, ROWS, prove
 from espalier.sparse_ffn import SparseFFN
 from espalier.split import Split, Threshold
 from tiny import VOCABULARY, save_tiny
@@ -99,6 +99,23 @@ def test_a_wrong_tensor_fails_the_proof(streamed, models, tmp_path):
     assert "error" not in prove(source, tmp_path / "out", plan, streamed)
     other = split_plan(KINDS["tomoe"], seed=5)
     assert "logits differ" in prove(source, tmp_path / "out", other, streamed)["error"]
+
+
+def test_tokens_after_one_that_rounding_decides_are_left_out_of_the_proof(models, tmp_path, monkeypatch):
+    source, plan = models("llama"), split_plan(KINDS["oracle_neurons"])
+    apply(source, plan, tmp_path / "out", prove=False)
+    own = LiveSplit._token
+
+    def undecided(self, x):
+        row = own(self, x)
+        self.decided[-1] = len(self.decided) % LENGTH != 6  # the sixth token of each sequence
+        return row
+
+    monkeypatch.setattr(LiveSplit, "_token", undecided)
+    report = prove(source, tmp_path / "out", plan)
+    assert (report["tokens"], "error" in report) == (ROWS * 5, False)
+    other = split_plan(replace(KINDS["oracle_neurons"], k=9))
+    assert "logits differ" in prove(source, tmp_path / "out", other)["error"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -263,7 +263,7 @@ def test_a_path_is_an_order_and_not_longer_than_by_chance():
     ],
 )
 def test_bad_values_are_refused(key, value, message):
-    with pytest.raises(UserError, match=rf"conf/method/tomoe.yaml: {key}={value} {message}"):
+    with pytest.raises(UserError, match=rf"conf/method/tomoe.yaml: {key}={value};? {message}"):
         make(**{key: value})
 
 

@@ -27,8 +27,8 @@ ROWS, LENGTH = 4, 16
 # Largest difference of two logits over the largest logit. Both models compute in fp32 whatever the
 # checkpoint's dtype, so that rounding cannot hide a wrong tensor: measured 1e-7 to 3e-6.
 TOLERANCE = 1e-4
-# Rows where so small a relative change of a router's input changes a token's experts are left out: rounding
-# decides there. Tried a few times, since each draw changes only about half of the choices that hang on it.
+# Where so small a relative change of a router's input changes a token's experts, rounding decides: the token and the rest
+# of its sequence are left out. Tried a few times, since each draw changes only half of the choices that hang on it.
 NUDGE, DRAWS = 1e-5, 8
 
 
@@ -36,7 +36,7 @@ def prove(source: Path, out: Path, plan: Plan, streamed: bool = False) -> dict[s
     """Compare the logits of the checkpoint `out` with those of `source` changed in memory by `plan`.
 
     `streamed`: one decoder layer of each at a time, for models that do not fit. Returns `max_abs_diff`,
-    `max_abs_logit`, `tolerance` (relative), `rows` compared, `streamed`, or `error`: what is wrong.
+    `max_abs_logit`, `tolerance` (relative), `tokens` compared, `streamed`, or `error`: what is wrong.
     """
     checkpoint = Checkpoint(source)
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +47,9 @@ def prove(source: Path, out: Path, plan: Plan, streamed: bool = False) -> dict[s
     else:
         planned = _planned_streamed if streamed else _planned
         expected, choices, before = planned(source, plan, checkpoint.family, ids)
-    decided = torch.stack(choices).all(dim=0).reshape(ROWS, LENGTH).all(dim=1) if choices else torch.ones(ROWS).bool()
+    decided = torch.ones(ROWS, LENGTH).bool()
+    if choices:  # a token's logits hang on its own choices and on those of the tokens before it
+        decided = torch.stack(choices).all(dim=0).reshape(ROWS, LENGTH).long().cumprod(dim=1).bool()
     gc.collect()
     found, loading = run(out, ids)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -56,15 +58,15 @@ def prove(source: Path, out: Path, plan: Plan, streamed: bool = False) -> dict[s
         new = [name for name in loading[what] if name not in known]
         if new:
             return {"error": f"{what.replace('_', ' ')}: {', '.join(new[:3])}"}
-    difference = (found - expected).abs().amax(dim=(1, 2))
+    difference = (found - expected).abs().amax(dim=2)
     largest = float(expected.abs().max())
-    compared = difference[decided] if decided.any() else difference
+    compared = difference[decided] if decided.any() else difference.flatten()
     worst = float(compared.max())
     report: dict[str, Any] = {
         "max_abs_diff": worst,
         "max_abs_logit": largest,
         "tolerance": TOLERANCE,
-        "rows": len(compared),
+        "tokens": len(compared),
         "streamed": streamed,
     }
     if not worst <= TOLERANCE * largest:
