@@ -27,8 +27,8 @@ ROWS, LENGTH = 4, 16
 # Largest difference of two logits over the largest logit. Both models compute in fp32 whatever the
 # checkpoint's dtype, so that rounding cannot hide a wrong tensor: measured 1e-7 to 3e-6.
 TOLERANCE = 1e-4
-# Where so small a relative change of a router's input changes a token's experts, rounding decides: the token and the rest
-# of its sequence are left out. Tried a few times, since each draw changes only half of the choices that hang on it.
+# Where so small a relative change of a router's input changes a token's experts, rounding decides: the token and the
+# rest of its sequence are left out. Tried a few times: each draw changes only half of the choices that hang on it.
 NUDGE, DRAWS = 1e-5, 8
 
 
