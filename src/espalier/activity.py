@@ -42,8 +42,8 @@ def measure_activity(
 ) -> list[Activity]:
     """Return by layer what is active on `ids` int64 [N, L] where `kept` bool [N, L].
 
-    With several `clusters` the inputs of each FFN are put into so many by their direction (spherical k-means). The
-    model runs twice over the tokens then. UserError for fewer tokens than clusters.
+    The inputs of each FFN are put into so many `clusters` by their direction (spherical k-means), then what is active
+    in each is measured: the model runs twice over the tokens. UserError for fewer tokens than clusters.
     """
     if int(kept.sum()) < clusters:
         raise UserError(

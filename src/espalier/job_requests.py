@@ -14,14 +14,8 @@ from espalier.store import Store
 MEMORY_MARGIN, MEMORY_MORE_MB, LEAST_MB = 1.25, 300, 2000
 TIME_MARGIN, LEAST_MINUTES = 3.0, 30
 DISK_MARGIN = 1.1
-COMPUTING = (
-    "collect",
-    "fit",
-    "teacher",
-    "tune",
-    "score",
-    "speed",
-)  # stages that run a model, on a GPU where there is one
+# Stages that run a model, on a GPU where there is one.
+COMPUTING = ("collect", "fit", "teacher", "tune", "score", "speed")
 # Where a model's sizes are not known before it is fetched.
 UNKNOWN = {"mem_mb": 16000, "runtime": 240, "disk_mb": 50000}
 

@@ -224,9 +224,7 @@ class Fit(nn.Module):
             pairs = torch.stack([self.mask(self.pair_logits(n, embeddings)).sum() for n in layers])
             used = used + shape.pair_parameters * pairs.sum()
             whole += shape.pair_parameters * shape.pairs
-        if (
-            self.attention == "all"
-        ):  # a dimension of values, with its columns of the output, is as large as one of pairs
+        if self.attention == "all":  # a dimension of values, with its columns of the output, is half as large as a pair
             used = used + shape.pair_parameters / 2 * torch.stack(self._values).sum()
             whole += shape.pair_parameters * shape.pairs
         return used / (whole * len(masks))
