@@ -1,5 +1,6 @@
 """Tiny random dense models of each family, and plans that split their FFNs in every way there is."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ def save_dense(family: str, directory: Path, dtype: torch.dtype = torch.float32,
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return Path(directory)
+
+
+def made_once(factory: Any) -> Any:
+    """Return a function that gives the directory of a family's tiny model, made at its first use."""
+    return cache(lambda family: save_dense(family, factory.mktemp(family)))
 
 
 def split_plan(split: Split, layers: int = LAYERS, seed: int = 0) -> Plan:

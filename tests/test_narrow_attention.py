@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dense_models import EVEN, FAMILIES, HIDDEN, LAYERS, LINEAR, WIDTH, save_dense, split_plan
+from dense_models import EVEN, FAMILIES, HIDDEN, LAYERS, LINEAR, WIDTH, made_once, split_plan
 from espalier import runtime
 from espalier.apply import apply
 from espalier.checkpoint import Checkpoint
@@ -18,7 +18,6 @@ from espalier.narrow_attention import ROLES, NarrowAttention, dimensions_of
 from espalier.plan import Plan
 from espalier.plan_tensors import PlanTensor
 from espalier.prove import prove
-from espalier.running import Running
 from espalier.split import Split, Threshold
 from espalier.stream import StreamedModel
 from tiny import VOCABULARY
@@ -29,14 +28,7 @@ KINDS = ("pairs", "values", "both", "with_split")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    made = {}
-
-    def make(family):
-        if family not in made:
-            made[family] = save_dense(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return make
+    return made_once(tmp_path_factory)
 
 
 def plan_of(directory, kind, keep=0.6, offset=0.3):
@@ -123,7 +115,6 @@ def test_it_generates_and_streams_and_is_proven(family, models, tmp_path):
         whole = model(input_ids=out.sequences[:, :-1]).logits[:, IDS.shape[1] - 1 :]
     torch.testing.assert_close(torch.stack(out.logits, dim=1), whole, rtol=1e-4, atol=1e-5)
     assert StreamedModel(tmp_path / "out", torch.float32).weights.unexpected == []
-    assert Running.of(stream="never").streams(Checkpoint(tmp_path / "out"), "float32") is False
 
 
 def test_masks_stay_in_float32(models, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dense_models import EVEN, LAYERS, LINEAR, WIDTH, save_dense, split_plan
-from espalier import speed, windows
+from espalier import intervals, speed, windows
 from espalier.apply import apply
 from espalier.errors import UserError
 from espalier.running import Running
@@ -95,7 +95,7 @@ def test_every_round_reads_another_text(dense):
 
 
 def test_means_are_geometric():
-    value, low, high = speed.mean_ratio([[0.5, 2.0, 1.0]])
+    value, low, high = intervals.mean_ratio([[0.5, 2.0, 1.0]])
     assert value == pytest.approx(1.0)
     assert low < 1 < high
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dense_models import EVEN, FAMILIES, KINDS, LAYERS, LINEAR, STOCK, WIDTH, save_dense, split_plan
+from dense_models import EVEN, FAMILIES, KINDS, LAYERS, LINEAR, STOCK, WIDTH, made_once, save_dense, split_plan
 from espalier import dense_families, runtime
 from espalier.apply import apply
 from espalier.checkpoint import Checkpoint
@@ -25,15 +25,7 @@ IDS = torch.arange(3 * 10).reshape(3, 10) * 7 % VOCABULARY
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Return the directory of a tiny model of a family, made once."""
-    made = {}
-
-    def make(family):
-        if family not in made:
-            made[family] = save_dense(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return make
+    return made_once(tmp_path_factory)
 
 
 def logits(model, ids=IDS):

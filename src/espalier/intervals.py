@@ -74,6 +74,11 @@ def estimate(values: ArrayLike, weights: ArrayLike | None = None) -> Estimate:
     return _sum(value, [(over_items, items - 1), (over_seeds, seeds - 1)])
 
 
+def mean_ratio(ratios: ArrayLike) -> tuple[float, float, float]:
+    """Return the geometric mean of `ratios` [S, n] and its 95 % interval, over n and over seeds where S > 1."""
+    return estimate(np.log(np.asarray(ratios, dtype=np.float64))).exp()
+
+
 def mean(estimates: Sequence[Estimate]) -> Estimate:
     """Return the unweighted mean of independent estimates, such as of several tasks or domains."""
     count = len(estimates)

@@ -177,16 +177,14 @@ def _parameters(checkpoint: Checkpoint) -> Document:
     return {"stored": stored, "unique": float(counts.get("unique", stored)), "experts": experts}
 
 
+def _text_frame(name: str, scores: Sequence[DocumentScore], **measured: list[float]) -> pd.DataFrame:
+    """One row a document: what was `measured`, and its tokens and bytes."""
+    columns = {"tokens": [s.tokens for s in scores], "bytes": [s.bytes for s in scores]}
+    return pd.DataFrame({"task": name, "item": [s.id for s in scores], **measured, **columns})
+
+
 def _perplexity_result(name: str, scores: Sequence[DocumentScore]) -> tuple[Document, pd.DataFrame]:
-    frame = pd.DataFrame(
-        {
-            "task": name,
-            "item": [s.id for s in scores],
-            "nll": [s.nll for s in scores],
-            "tokens": [s.tokens for s in scores],
-            "bytes": [s.bytes for s in scores],
-        }
-    )
+    frame = _text_frame(name, scores, nll=[s.nll for s in scores])
     nll, tokens, size = (float(frame[column].sum()) for column in ("nll", "tokens", "bytes"))
     value = math.exp(nll / tokens)
     result = {
@@ -204,15 +202,7 @@ def _perplexity_result(name: str, scores: Sequence[DocumentScore]) -> tuple[Docu
 
 
 def _divergence_result(name: str, scores: Sequence[DocumentScore]) -> tuple[Document, pd.DataFrame]:
-    frame = pd.DataFrame(
-        {
-            "task": name,
-            "item": [s.id for s in scores],
-            "kl": [s.divergence for s in scores],
-            "tokens": [s.tokens for s in scores],
-            "bytes": [s.bytes for s in scores],
-        }
-    )
+    frame = _text_frame(name, scores, kl=[s.divergence for s in scores])
     found = estimate(frame["kl"], frame["tokens"])
     result = {"kind": "divergence", "metric": "kl", "value": found.value, "stderr": _finite(found.error)}
     return result | {"items": len(frame), "tokens": int(frame["tokens"].sum())}, frame

@@ -78,15 +78,10 @@ def measure_speed(directory: Path, original: Path, timing: Timing, dtype: str, r
 def _summary(seconds: list[list[float]], ideal: float) -> Document:
     """Return the ratio of one phase, its rounds' and the ideal; seconds are medians."""
     ratios = [model / original for original, model in seconds]
-    value, low, high = mean_ratio([ratios])
+    value, low, high = intervals.mean_ratio([ratios])
     middle = [float(torch.tensor(column).median()) for column in zip(*seconds, strict=True)]
     found = {"ratio": value, "low": low, "high": high, "ideal": ideal, "ratios": ratios}
     return found | {"original_seconds": middle[0], "seconds": middle[1]}
-
-
-def mean_ratio(ratios: list[list[float]]) -> tuple[float, float, float]:
-    """Return the geometric mean of ratios [S, rounds] and its 95 % interval over rounds, and over seeds if S > 1."""
-    return intervals.estimate(torch.tensor(ratios, dtype=torch.float64).log().numpy()).exp()
 
 
 def _text(directory: Path, timing: Timing, vocabulary: int) -> Tensor:

@@ -272,7 +272,7 @@ def _summary(group: Sequence[Measured], base: Measured | None, comparison: Compa
         line["ffn"] = float(np.mean([one.counts["neurons"] or 0 for one in group])) / base.counts["neurons"]
     timed = [one.speed for one in group if one.speed is not None]
     for phase in PHASES if timed else ():
-        value, low, high = intervals.estimate(np.log([found[phase]["ratios"] for found in timed])).exp()
+        value, low, high = intervals.mean_ratio([found[phase]["ratios"] for found in timed])
         ideal = float(np.mean([found[phase]["ideal"] for found in timed]))
         line[phase] = {"value": value, "low": low, "high": high, "ideal": ideal}
     return line | _means(group, base, comparison)

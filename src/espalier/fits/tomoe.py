@@ -43,7 +43,6 @@ attention twice as many), e embedding, h dimensions of a head.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
@@ -56,15 +55,14 @@ from torch.nn import functional
 
 from espalier.activity import measure_activity
 from espalier.dense_families import DenseFamily
+from espalier.methods.tomoe import MEDIAN, VALUE_OFFSET
 from espalier.narrow_attention import dimensions_of
 from espalier.runtime import decoder
 from espalier.shape import DenseShape
 
 SMOOTHING = 1e-3  # c
-MEDIAN = -math.log(math.log(2))  # m
 PRIOR_TOKENS = 4096  # on which activity is measured
 PEAKED = 20.0  # scores of a prior's router: so many times the cosine with the middle of an expert's tokens
-VALUE_OFFSET = 3.0  # b, for values
 
 
 class Fit(nn.Module):

@@ -40,8 +40,8 @@ WHERE = "conf/method/tomoe.yaml"
 POSITIVE = ("temperature", "rate")
 EXACT = ("widest", "mean", "none")
 ATTENTION = ("none", "pairs", "all")
-MEDIAN = -math.log(math.log(2))  # of the noise that values were learnt with
-VALUE_OFFSET = 3.0
+MEDIAN = -math.log(math.log(2))  # of the noise that masks are learnt with
+VALUE_OFFSET = 3.0  # b of the masks of values
 NUMBERS = ("offset", "prior", "distill", "budget", "union", "balance")
 
 
