@@ -27,9 +27,9 @@ class Rewrite:
 def rewrite_of(checkpoint: "Checkpoint", plan: "Plan") -> Rewrite:
     """Return what `plan` makes of `checkpoint`; UserError where it does not fit."""
     if checkpoint.is_dense:
-        from espalier.ffn_rewrite import rewrite_ffn
+        from espalier.dense_rewrite import rewrite_dense
 
-        return rewrite_ffn(checkpoint, plan)
+        return rewrite_dense(checkpoint, plan)
     from espalier.moe_rewrite import rewrite_moe
 
     return rewrite_moe(checkpoint, plan)

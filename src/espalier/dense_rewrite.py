@@ -1,7 +1,4 @@
-"""What becomes of the files of a dense model whose FFNs are split: tensors, config.json and shipped code.
-
-And of its attention, where heads lose dimensions.
-"""
+"""What becomes of a dense model's files under a plan: tensors, config.json and shipped code."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +21,7 @@ FORMAT = "espalier.ffn/1"
 Kind = TypeVar("Kind", Split, NarrowAttention)
 
 
-def rewrite_ffn(checkpoint: Checkpoint, plan: Plan) -> Rewrite:
+def rewrite_dense(checkpoint: Checkpoint, plan: Plan) -> Rewrite:
     """Return what `plan` makes of `checkpoint`; UserError where it does not fit.
 
     Where every layer only loses neurons, and all the same number, the result is the stock model with another width.
