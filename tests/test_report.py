@@ -241,6 +241,20 @@ def test_marks_on_a_logarithmic_axis_lie_within_it() -> None:
     assert math.isclose(plots._log_ticks(1, 10)[0], 1)
 
 
+def test_dense_methods_are_drawn_over_the_parameters_that_a_token_uses() -> None:
+    lines = [line("dense", "none", 5e6, 0, []), line("dsmoe", "dsmoe", 5e6, 0.1, [])]
+    for each, active in zip(lines, (5e6, 3e6), strict=True):
+        each |= {"active": active, "ffn": active / 5e6}
+    figure = plots.quality(lines, "dense")
+    assert figure is not None
+    assert figure.axes[0].get_xlabel() == "active parameters, millions"
+    assert figure.axes[0].containers[0].lines[0].get_xdata().tolist() == pytest.approx([3.0])
+
+
+def test_wide_ranges_are_marked_by_decades() -> None:
+    assert plots._log_ticks(16.0, 2.3e6) == [1e2, 1e3, 1e4, 1e5, 1e6]
+
+
 def test_reports_import_no_torch() -> None:
     code = "import sys, espalier.report; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -74,7 +74,10 @@ def _styled(draw: Callable[..., Figure | None]) -> Callable[..., Figure | None]:
 
 @_styled
 def quality(summary: Sequence[Document], baseline: str | None) -> Figure | None:
-    """Draw perplexity and accuracy against unique parameters, a line a method; None when neither was measured."""
+    """Draw perplexity and accuracy against parameters, a line a method; None when neither was measured.
+
+    Unique ones, which fewer experts lower; of a dense model those that a token uses, which is what its methods change.
+    """
     panels = [key for key in ("perplexity", "accuracy") if any(key in line for line in summary)]
     if not panels:
         return None
@@ -100,14 +103,15 @@ def quality(summary: Sequence[Document], baseline: str | None) -> Figure | None:
 
 def _quality_panel(axes: Any, key: str, families: Mapping[str, list[Document]], full: Document | None) -> None:
     drawn = [line for lines in families.values() for line in lines] + ([full] if full else [])
-    counts = [line["unique"] / 1e6 for line in drawn]
+    count = "active" if any("ffn" in line for line in drawn) else "unique"
+    counts = [line[count] / 1e6 for line in drawn]
     width = max(counts) - min(counts) or 0.1 * max(counts)
     step = 0.08 * width / max(1, len(families))
     values = []
     for n, (name, lines) in enumerate(families.items()):
         shift = (n - (len(families) - 1) / 2) * step  # methods remove equally much: side by side, not on each other
-        points = sorted((line for line in lines if key in line), key=lambda line: line["unique"])
-        x = [line["unique"] / 1e6 + shift for line in points]
+        points = sorted((line for line in lines if key in line), key=lambda line: line[count])
+        x = [line[count] / 1e6 + shift for line in points]
         triples = [_paired(line, full, key) for line in points]
         y = np.array([value for value, _, _ in triples])
         errors = np.abs(np.array([[value - low, high - value] for value, low, high in triples])).T
@@ -117,14 +121,14 @@ def _quality_panel(axes: Any, key: str, families: Mapping[str, list[Document]], 
     if full and key in full:
         value = _scaled(full[key]["value"], key)
         axes.axhline(value, color="#6b7280", lw=1, ls="--")
-        axes.plot([full["unique"] / 1e6], [value], marker="*", ms=11, color=INK, ls="none", label="uncompressed")
+        axes.plot([full[count] / 1e6], [value], marker="*", ms=11, color=INK, ls="none", label="uncompressed")
         values.append(value)
     if key == "perplexity" and max(values) > 3 * min(values):
         axes.set_yscale("log")
         ticks = _log_ticks(min(values), max(values))
         axes.set_yticks(ticks, [f"{t:g}" for t in ticks], minor=False)
         axes.minorticks_off()
-    axes.set_xlabel("unique parameters, millions")
+    axes.set_xlabel(f"{count} parameters, millions")
     titles = {
         "perplexity": "Perplexity, geometric mean (lower is better)",
         "accuracy": "Accuracy, mean, % (higher is better)",
@@ -136,7 +140,8 @@ def _quality_panel(axes: Any, key: str, families: Mapping[str, list[Document]], 
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     ticks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 3, 5, 7)]
-    return [tick for tick in ticks if 0.9 * low <= tick <= 1.1 * high]
+    within = [tick for tick in ticks if 0.9 * low <= tick <= 1.1 * high]
+    return within if high < 1000 * low else [10.0**decade for decade in decades if low <= 10.0**decade <= high]
 
 
 def _scaled(value: float, key: str) -> float:

@@ -63,7 +63,10 @@ def _first_plans(summary: Sequence[Document], plans: Mapping[str, Path]) -> dict
 def _results(document: Document) -> str:
     parts = [
         _table(*markup.main_rows(document), "Means over the tasks, with 95 % intervals."),
-        _table(*markup.task_rows(document), "Each task: perplexity (ppl) of a text, or accuracy in percent."),
+        _table(
+            *markup.task_rows(document),
+            "Each task: perplexity (ppl) of a text, divergence (KL) in nats a token, or accuracy in percent.",
+        ),
     ]
     header, rows = markup.published_rows(document)
     if rows:
