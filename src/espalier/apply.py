@@ -24,7 +24,13 @@ from espalier.shards import ShardWriter, default_workers
 # Weights in any form, and what apply writes itself.
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".tmp", ".index.json")
 OWN_FILES = ("config.json", "plan.json", "README.md")
-CODE = ("modeling_espalier", "sparse_ffn.py", "sparse_attention.py")  # of a source that has been rewritten before
+CODE = (
+    "modeling_espalier",
+    "sparse_ffn.py",
+    "sparse_attention.py",
+    "routed_depth.py",
+    "ragged_cache.py",
+)  # of a source that has been rewritten before
 TENSORS = "plan/tensors.safetensors"  # not beside the shards: vLLM takes every safetensors file there for weights
 
 Progress = Callable[[int, int], None]

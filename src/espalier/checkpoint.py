@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier import dense_families
+from espalier.decoder_shape import decoder_shape
 from espalier.dense_families import DenseFamily, dense_family_of
 from espalier.dtypes import ITEM_NUMBERS, TORCH_NAMES, not_finite, only_stored, torch_shape
 from espalier.errors import UserError
@@ -237,6 +238,7 @@ class Checkpoint:
             router=family.router_kind(self.config),
             idle_parameters=self.idle_parameters,
             neuron_parameters=narrowable // width,
+            decoder=decoder_shape(self, self._sizes),
         )
 
     def any_shape(self) -> ModelShape | DenseShape:
@@ -276,6 +278,7 @@ class Checkpoint:
             total_parameters=self.parameters,
             pairs=family.head(self.config) // 2,
             pair_parameters=self._pair_parameters(family),
+            decoder=decoder_shape(self, self._sizes),
         )
 
     def _pair_parameters(self, family: DenseFamily) -> int:
@@ -292,6 +295,10 @@ class Checkpoint:
         ahead = sum(int(v or 0) for key, v in self.config.items() if re.match(r"num_(nextn|mtp)_", key))
         found = [re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in self.entries if "mtp" not in name]
         held = 1 + max((int(match[1]) for match in found if match), default=-1)
+        depth = self.config.get("espalier", {}).get("depth", {"layers": {}})["layers"]
+        gone = {int(layer) for layer, own in depth.items() if own["rule"] == "drop"}
+        while said - 1 in gone and held < said:  # its tensors are not in the files
+            said -= 1
         if not said <= held <= said + ahead:
             raise UserError(
                 f"{where}: says num_hidden_layers={said}, but the shards hold {held} decoder layers. "

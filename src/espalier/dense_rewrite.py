@@ -28,6 +28,10 @@ def rewrite_dense(checkpoint: Checkpoint, plan: Plan) -> Rewrite:
     """
     checkpoint.dense_shape()  # config.json and tensors that disagree are told
     before = checkpoint.config.get("espalier", {}).get("layers")
+    if plan.layers and before is None and "espalier" in checkpoint.config:
+        raise UserError(
+            f"{checkpoint.directory}: layers were routed already. Make one plan for the base model instead."
+        )
     if before is not None:
         return _with_thresholds(checkpoint, plan, before)
     splits = _only(Split, plan)
@@ -36,7 +40,7 @@ def rewrite_dense(checkpoint: Checkpoint, plan: Plan) -> Rewrite:
     added = _added(checkpoint, splits, narrowed)
     shards, fates = _outputs(checkpoint, picks, added, plan)
     config = _config(checkpoint, splits, narrowed, plan)
-    code = shipped_code(checkpoint.dense_family.architecture, *CODE) if "espalier" in config else {}
+    code = shipped_code(checkpoint.dense_family.architecture, *CODE) if "layers" in config.get("espalier", {}) else {}
     return Rewrite(shards, fates, config, code)
 
 
@@ -60,6 +64,8 @@ def _config(
     checkpoint: Checkpoint, splits: dict[int, Split], narrowed: dict[int, NarrowAttention], plan: Plan
 ) -> dict[str, Any]:
     family, config = checkpoint.dense_family, dict(checkpoint.config)
+    if not splits and not narrowed:
+        return config
     widths = {split.width for split in splits.values()}
     every = len(splits) == int(config["num_hidden_layers"]) and not narrowed
     if every and len(widths) == 1 and all(split.router == "none" for split in splits.values()):

@@ -18,7 +18,7 @@ def rewrite_moe(checkpoint: Checkpoint, plan: Plan) -> Rewrite:
     layouts = _layouts(checkpoint, plan)
     config = _config(checkpoint, layouts)
     shards, fates = outputs(checkpoint, layouts, plan.tensors)
-    files = shipped_code(checkpoint.family.architecture, CODE) if "espalier" in config else {}
+    files = shipped_code(checkpoint.family.architecture, CODE) if "layers" in config.get("espalier", {}) else {}
     return Rewrite(shards, fates, config, files)
 
 

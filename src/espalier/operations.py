@@ -1,4 +1,5 @@
-"""The operations of a plan on one MoE block; imports no torch. Those on a dense FFN: `espalier.split`.
+"""The operations of a plan on one MoE block; imports no torch. Those on a dense FFN: `espalier.split`;
+on a decoder layer: `espalier.depth`.
 
 Shapes: E experts, D hidden, F expert width. Expert ids are those of the block that the operation finds.
 An operation that needs more than a few numbers names tensors of the plan (`espalier.plan_tensors`).
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from espalier.depth import Depth, DepthRule
 from espalier.errors import UserError, nearest
 from espalier.narrow_attention import NarrowAttention
 from espalier.shape import ModelShape
@@ -263,7 +265,8 @@ def protected_tokens(fraction: float, tokens: int) -> int:
 
 BlockOperation = Keep | Merge | Constant | Narrow | Skip  # on a MoE block
 DenseOperation = Split | Threshold | NarrowAttention  # on a dense layer
-Operation = BlockOperation | DenseOperation
+LayerOperation = Depth | DepthRule  # on a decoder layer of either kind of model
+Operation = BlockOperation | DenseOperation | LayerOperation
 OPERATIONS: dict[str, type[Operation]] = {
-    cls.op: cls for cls in (Keep, Merge, Constant, Narrow, Skip, Split, Threshold, NarrowAttention)
+    cls.op: cls for cls in (Keep, Merge, Constant, Narrow, Skip, Split, Threshold, NarrowAttention, Depth, DepthRule)
 }

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from espalier.depth import Depth, DepthRule
 from espalier.errors import UserError, nearest
 from espalier.narrow_attention import NarrowAttention
 from espalier.operations import OPERATIONS, Constant, DenseOperation, Keep, Merge, Narrow, Operation, Skip
@@ -30,7 +31,8 @@ class Plan:
     def check(self, shape: ModelShape | DenseShape) -> "Plan":
         """Return self; UserError when an operation does not fit the model, or a tensor that it names the operation."""
         for layer, operations in self.layers.items():
-            if layer not in shape.layers:
+            depth_only = all(isinstance(operation, Depth | DepthRule) for operation in operations)
+            if layer not in shape.layers and not depth_only:
                 what = "FFN" if isinstance(shape, DenseShape) else "MoE block"
                 raise UserError(f"plan: layer {layer} has no {what}; layers with one: {list(shape.layers)}.")
             current = shape
@@ -46,6 +48,8 @@ class Plan:
                             f"{list(expected)}. Make the plan again."
                         )
                 current = _after(operation, current)
+            if len(operations) > 1 and any(isinstance(o, Depth) and o.rule == "drop" for o in operations):
+                raise UserError(f"plan, layer {layer}: a part of it is dropped; nothing else can be done to it.")
         return self
 
     def experts_after(self, layer: int, shape: ModelShape) -> int:
@@ -69,7 +73,7 @@ class Plan:
             return self._dense_counts(shape)
         stored = unique = float(shape.total_parameters)
         active = shape.active_parameters()
-        for operations in self.layers.values():
+        for layer, operations in self.layers.items():
             experts, files = shape.experts, shape.experts  # distinct ones, and those that lie in files
             for operation in operations:
                 gone = rows = 0
@@ -88,6 +92,10 @@ class Plan:
                     files -= gone
                     vectors = gone * shape.hidden
                     stored, unique, active = stored + vectors, unique + vectors, active + min(gone, 1) * shape.hidden
+                elif isinstance(operation, Depth):
+                    more = operation.parameters(layer, shape)
+                    stored, unique = stored + more, unique + more
+                    active += more if more > 0 else -shape.active_part(layer, operation.granularity)
                 elif isinstance(operation, Narrow):
                     narrowed = (shape.width - operation.width) * shape.neuron_parameters
                     stored -= files * narrowed
@@ -102,7 +110,7 @@ class Plan:
 
     def _dense_counts(self, shape: DenseShape) -> dict[str, float]:
         stored = active = float(shape.total_parameters)
-        for operations in self.layers.values():
+        for layer, operations in self.layers.items():
             for operation in operations:
                 if isinstance(operation, Split):
                     router = operation.router_parameters(shape.hidden)
@@ -110,6 +118,8 @@ class Plan:
                     active += router - (shape.width - operation.widest) * shape.neuron_parameters
                 elif isinstance(operation, NarrowAttention):
                     stored, active = (count + operation.parameters(shape) for count in (stored, active))
+                elif isinstance(operation, Depth):
+                    stored, active = (count + operation.parameters(layer, shape) for count in (stored, active))
         return {"stored": stored, "unique": stored, "active": active}
 
     def then(self, later: "Plan") -> "Plan":
@@ -178,7 +188,9 @@ class Plan:
 
 
 def _compose(layer: int, done: list[Operation], operation: Operation) -> list[Operation]:
-    if isinstance(operation, Skip | Threshold) or not done:
+    if isinstance(operation, Skip | Threshold | DepthRule) or not done:
+        return [*done, operation]
+    if isinstance(operation, Depth) and not any(isinstance(o, Depth) for o in done) and operation.rule != "drop":
         return [*done, operation]
     if isinstance(operation, Keep) and isinstance(done[-1], Keep):
         return [*done[:-1], Keep(tuple(done[-1].experts[e] for e in operation.experts))]
@@ -189,7 +201,7 @@ def _compose(layer: int, done: list[Operation], operation: Operation) -> list[Op
 
 def _check_kind(layer: int, operation: Operation, shape: ModelShape | DenseShape) -> None:
     """Raise UserError for an operation on experts where there are none."""
-    if isinstance(shape, DenseShape) and not isinstance(operation, DenseOperation):
+    if isinstance(shape, DenseShape) and not isinstance(operation, DenseOperation | Depth | DepthRule):
         raise UserError(
             f"plan, layer {layer}: {operation.op} is for Mixture-of-Experts models; family {shape.family} is dense."
         )

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 
 from espalier.checkpoint import Checkpoint
+from espalier.decoder_shape import ffn_module, layer_parts
+from espalier.depth import Depth, DepthRule
+from espalier.depth_rewrite import without_depth
 from espalier.errors import UserError
 from espalier.families import Family
-from espalier.live_split import LiveSplit, LiveValues, change_layer, live_split
+from espalier.live_depth import LiveDepth
+from espalier.live_split import LiveSplit, LiveValues, change_layer
 from espalier.plan import Plan
-from espalier.runtime import change_block, live, load_with_info, moe_blocks, skeleton
+from espalier.runtime import change_block, decoder, live, load_with_info, moe_blocks, skeleton
 from espalier.stream import Batch, StreamedModel
 
 Loading = dict[str, list[str]]  # missing, unexpected and mismatched keys
@@ -46,7 +50,7 @@ def prove(source: Path, out: Path, plan: Plan, streamed: bool = False) -> dict[s
         expected, choices, before = _planned_dense(checkpoint, plan, ids, streamed)
     else:
         planned = _planned_streamed if streamed else _planned
-        expected, choices, before = planned(source, plan, checkpoint.family, ids)
+        expected, choices, before = planned(checkpoint, plan, ids)
     decided = torch.ones(ROWS, LENGTH).bool()
     if choices:  # a token's logits hang on its own choices and on those of the tokens before it
         decided = torch.stack(choices).all(dim=0).reshape(ROWS, LENGTH).long().cumprod(dim=1).bool()
@@ -74,35 +78,43 @@ def prove(source: Path, out: Path, plan: Plan, streamed: bool = False) -> dict[s
     return report
 
 
-def _planned(
-    source: Path, plan: Plan, family: Family, ids: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor], Loading]:
+def _planned(checkpoint: Checkpoint, plan: Plan, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], Loading]:
     """Return the source's logits under the live plan, its routers' choices and what it reported when it was loaded."""
     # The weights are merged and rounded in the checkpoint's own dtype, then both compute in fp32.
-    model, loading = load_with_info(source)
-    model = live(model, plan, family).float()
-    choices = _watch_choices(model, family)
-    return _logits(model, ids), choices, loading
+    model, loading = load_with_info(checkpoint.directory)
+    model = live(model, without_depth(plan)[0], checkpoint.family).float()
+    depths = [
+        depth
+        for layer, module in enumerate(decoder(model).layers)
+        for depth in _live_depth(checkpoint, plan, layer, module)
+    ]
+    choices = _watch_choices(model, checkpoint.family)
+    logits = _logits(model, ids)
+    return logits, choices + [torch.tensor(depth.decided) for depth in depths], loading
 
 
 def _planned_streamed(
-    source: Path, plan: Plan, family: Family, ids: torch.Tensor
+    checkpoint: Checkpoint, plan: Plan, ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor], Loading]:
+    source, family = checkpoint.directory, checkpoint.family
     stored = skeleton(source).dtype
-    renormalise = family.renormalise(Checkpoint(source).config)
+    renormalise = family.renormalise(checkpoint.config)
+    rest = without_depth(plan)[0]
+    depths: list[LiveDepth] = []
 
     def change(layer: int, module: Any) -> None:
-        if layer in plan.layers:
+        if layer in rest.layers:
             block = getattr(module, family.module)
             attention = getattr(module, "self_attn", None)
-            change_block(block, plan.layers[layer], family, renormalise, plan.tensors, attention)
+            change_block(block, rest.layers[layer], family, renormalise, plan.tensors, attention)
             for parameter in block.experts.parameters(recurse=False):
                 parameter.data = parameter.data.to(stored).float()
+        depths.extend(_live_depth(checkpoint, plan, layer, module))
 
     model = StreamedModel(source, torch.float32, prefetch=False, prepare=change)
     choices = _watch_choices(model.model, family)
     logits, loading = _stream(model, ids)
-    return logits, choices, loading
+    return logits, choices + [torch.tensor(depth.decided) for depth in depths], loading
 
 
 def _planned_dense(
@@ -110,34 +122,51 @@ def _planned_dense(
 ) -> tuple[torch.Tensor, list[torch.Tensor], Loading]:
     """Return what the others do for a dense model, with what its tokens run instead of its routers' choices."""
     source, family = checkpoint.directory, checkpoint.dense_family
-    if "espalier" in checkpoint.config:
-        thresholds = {layer: operations[-1].value for layer, operations in plan.layers.items()}  # type: ignore[union-attr]
+    rest = without_depth(plan)[0]
+    split_before = "layers" in checkpoint.config.get("espalier", {})
+    lives: list[LiveSplit | LiveValues | LiveDepth] = []
+    config = skeleton(source).config
 
-        def set_threshold(layer: int, module: Any) -> None:
-            if layer in thresholds:
-                getattr(module, family.module).router.threshold = thresholds[layer]
+    def change(layer: int, module: Any) -> None:
+        operations = rest.layers.get(layer, ())
+        if not split_before:
+            lives.extend(change_layer(module, operations, family, plan.tensors, config))
+        elif operations:
+            getattr(module, family.module).router.threshold = operations[-1].value  # type: ignore[union-attr]
+        lives.extend(_live_depth(checkpoint, plan, layer, module))
 
-        if streamed:
-            model = StreamedModel(source, torch.float32, prefetch=False, prepare=set_threshold)
-            logits, loading = _stream(model, ids)
-            return logits, [], loading
-        loaded, loading = load_with_info(source)
-        for layer, module in enumerate(loaded.model.layers):
-            set_threshold(layer, module)
-        return _logits(loaded.float(), ids), [], loading
-    lives: list[LiveSplit | LiveValues] = []
     if streamed:
-        config = skeleton(source).config
-
-        def change(layer: int, module: Any) -> None:
-            lives.extend(change_layer(module, plan.layers.get(layer, ()), family, plan.tensors, config))
-
         logits, loading = _stream(StreamedModel(source, torch.float32, prefetch=False, prepare=change), ids)
     else:
         loaded, loading = load_with_info(source)
-        lives = live_split(loaded, plan, family)
+        for layer, module in enumerate(loaded.model.layers):
+            change(layer, module)
         logits = _logits(loaded.float(), ids)
     return logits, [torch.tensor(live.decided) for live in lives], loading
+
+
+def _live_depth(checkpoint: Checkpoint, plan: Plan, layer: int, module: Any) -> list[LiveDepth]:
+    """Let a decoder layer be skipped as the plan says; return what decides, of a layer that was not routed before."""
+    found = []
+    for operation in plan.layers.get(layer, ()):
+        if isinstance(operation, Depth):
+            parts, ffn = layer_parts(checkpoint), ffn_module(checkpoint)
+            found.append(LiveDepth(module, layer, operation, parts, ffn, plan.tensors, _window(checkpoint, layer)))
+        elif isinstance(operation, DepthRule):
+            routed = checkpoint.config["espalier"]["depth"]
+            granularity = routed["layers"][str(layer)]["granularity"]
+            place = module if granularity == "block" else getattr(module, routed["modules"][granularity])
+            router = place.depth_router
+            router.rule = operation.rule or router.rule
+            router.threshold = router.threshold if operation.threshold is None else operation.threshold
+    return found
+
+
+def _window(checkpoint: Checkpoint, layer: int) -> int | None:
+    config = checkpoint.config
+    kinds = config.get("layer_types")
+    sliding = config.get("use_sliding_window", True) if kinds is None else kinds[layer] == "sliding_attention"
+    return config.get("sliding_window") if sliding else None
 
 
 def _run(out: Path, ids: torch.Tensor) -> tuple[torch.Tensor, Loading]:

@@ -26,13 +26,21 @@ class Rewrite:
 
 def rewrite_of(checkpoint: "Checkpoint", plan: "Plan") -> Rewrite:
     """Return what `plan` makes of `checkpoint`; UserError where it does not fit."""
+    from espalier.depth_rewrite import rewrite_depth, without_depth
+
+    rest, depth = without_depth(plan)
     if checkpoint.is_dense:
         from espalier.dense_rewrite import rewrite_dense
 
-        return rewrite_dense(checkpoint, plan)
+        return rewrite_depth(checkpoint, rewrite_dense(checkpoint, rest), depth, plan)
     from espalier.moe_rewrite import rewrite_moe
 
-    return rewrite_moe(checkpoint, plan)
+    return rewrite_depth(checkpoint, rewrite_moe(checkpoint, rest), depth, plan)
+
+
+def own_text(name: str) -> str:
+    """Return the text of one of Espalier's own files."""
+    return (Path(__file__).parent / name).read_text()
 
 
 def auto_map(code: str) -> dict[str, str]:
@@ -42,7 +50,6 @@ def auto_map(code: str) -> dict[str, str]:
 
 def shipped_code(architecture: str, *files: str) -> dict[str, str]:
     """Return the files to ship, the first with the stock class `architecture` to derive from."""
-    folder = Path(__file__).parent
-    texts = {name: (folder / name).read_text() for name in files}
+    texts = {name: own_text(name) for name in files}
     line = rf"\g<1>{architecture} as StockForCausalLM"
     return texts | {files[0]: sub(r"(?m)^(from transformers import )\w+ as StockForCausalLM", line, texts[files[0]])}

@@ -121,7 +121,7 @@ def moe_blocks(model: Any, family: Family) -> dict[int, Any]:
     """Return the MoE block of each decoder layer that has one."""
     found = {}
     for layer, part in enumerate(decoder(model).layers):
-        block = getattr(part, family.module)
+        block = getattr(part, family.module, None)  # None: a layer that was dropped
         if hasattr(block, "experts"):
             found[layer] = block
     return found

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from espalier.decoder_shape import DecoderShape
+
 DENSE = "dense"
 
 
@@ -37,11 +39,18 @@ class ModelShape:
     router: str = "softmax"
     idle_parameters: int = 0
     neuron_parameters: int = 0
+    decoder: DecoderShape | None = None
 
     @property
     def always_active_parameters(self) -> int:
         routed = len(self.layers) * self.experts * self.expert_parameters
         return self.total_parameters - routed - self.idle_parameters
+
+    def active_part(self, layer: int, granularity: str) -> float:
+        """Parameters that one token uses of a decoder layer, its attention or its FFN."""
+        assert self.decoder is not None
+        idle = (self.experts - self.top_k) * self.expert_parameters if layer in self.layers else 0
+        return self.decoder.part(layer, granularity) - (idle if granularity != "attention" else 0)
 
     def active_parameters(self, experts_per_token: float | None = None) -> float:
         """Parameters that one token uses, when it runs `experts_per_token` (default K) in each MoE block."""
@@ -49,7 +58,8 @@ class ModelShape:
         return self.always_active_parameters + len(self.layers) * k * self.expert_parameters
 
     def document(self) -> dict[str, Any]:
-        return asdict(self) | {"layers": list(self.layers)}
+        """Return the sizes as JSON, without those of `decoder`, which no statistic needs."""
+        return _document(self)
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> "ModelShape":
@@ -74,9 +84,11 @@ class DenseShape:
     total_parameters: int
     pairs: int = 0  # h / 2; 0: not known
     pair_parameters: int = 0
+    decoder: DecoderShape | None = None
 
     def document(self) -> dict[str, Any]:
-        return asdict(self) | {"layers": list(self.layers), "kind": DENSE}
+        """Return the sizes as JSON, without those of `decoder`, which no statistic needs."""
+        return _document(self) | {"kind": DENSE}
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> "DenseShape":
@@ -89,3 +101,7 @@ def shape_from_document(document: dict[str, Any]) -> ModelShape | DenseShape:
     if document.get("kind") == DENSE:
         return DenseShape.from_document(document)
     return ModelShape.from_document(document)
+
+
+def _document(shape: ModelShape | DenseShape) -> dict[str, Any]:
+    return {key: value for key, value in asdict(shape).items() if key != "decoder"} | {"layers": list(shape.layers)}

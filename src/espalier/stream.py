@@ -90,7 +90,7 @@ class StreamedModel:
         self.returns_tuple = False  # a layer's output; known when one has run
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
         for index, layer in enumerate(self.layers):
-            layer.forward = self._layer_forward(index, layer.forward)
+            layer.forward = self._layer_forward(index, layer)
 
     @property
     def config(self) -> Any:
@@ -154,14 +154,14 @@ class StreamedModel:
         finally:
             self._turn = None
 
-    def _layer_forward(self, index: int, forward: Any) -> Any:
+    def _layer_forward(self, index: int, layer: Any) -> Any:
         def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             assert self._turn is not None
             assert self._states is not None
             if index == self._turn:
                 if index > 0:
                     hidden = self._states[self._number].to(self.device)
-                output = forward(hidden, *args, **kwargs)
+                output = type(layer).forward(layer, hidden, *args, **kwargs)  # `prepare` may change its class
                 self.returns_tuple = isinstance(output, tuple)
                 self._states[self._number] = output[0] if self.returns_tuple else output
                 raise _LeftError

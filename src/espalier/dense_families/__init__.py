@@ -6,6 +6,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from espalier.errors import UserError
+from espalier.layer_parts import USUAL, LayerParts
 
 Config = dict[str, Any]
 
@@ -27,7 +28,7 @@ class DenseFamily:
     activation: str = "act_fn"  # attribute of the live FFN
     module: str = "mlp"
     width_key: str = "intermediate_size"
-    attention: str = "self_attn"
+    parts: LayerParts = USUAL
     projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")  # attributes of the live attention, on disk too
 
     def tensors(self, layer: int) -> dict[str, str]:
@@ -43,6 +44,11 @@ class DenseFamily:
     def attention_tensor(self, layer: int, role: str) -> str:
         """Name on disk, without `.weight`, of the projection of `query`, `key` or `value`."""
         return f"model.layers.{layer}.{self.attention}.{self.attention_modules[role]}"
+
+    @property
+    def attention(self) -> str:
+        """Attribute of the live layer's attention."""
+        return self.parts.attention
 
     @property
     def attention_modules(self) -> dict[str, str]:

@@ -1,5 +1,10 @@
 """Gemma 2: norms before and after the FFN."""
 
 from espalier.dense_families import DenseFamily
+from espalier.layer_parts import LayerParts
 
-FAMILY = DenseFamily(model_type="gemma2", architecture="Gemma2ForCausalLM")
+FAMILY = DenseFamily(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    parts=LayerParts(outputs=("post_attention_layernorm", "post_feedforward_layernorm")),
+)

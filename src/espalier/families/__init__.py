@@ -8,6 +8,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from espalier.errors import UserError
+from espalier.layer_parts import USUAL, LayerParts, every_layer
 
 Config = dict[str, Any]
 
@@ -32,11 +33,6 @@ class NeuronAxis:
     dim: int
     fold: str = "one"
     down: bool = False
-
-
-def every_layer(config: Config) -> list[int]:
-    """Return all decoder layers."""
-    return list(range(config["num_hidden_layers"]))
 
 
 def plain_softmax(config: Config) -> str:
@@ -81,6 +77,7 @@ class Family:
     groups: Callable[[Config], tuple[int, int]] = one_group  # router groups, and how many of them a token chooses
     group_least: int = 1  # experts that the router needs in each group to score it
     scales_input: bool = False  # the weight multiplies the experts' input; the router returns (scores [T, E], logits)
+    parts: LayerParts = USUAL
     least_experts: int = 1  # with fewer in config.json the stock class builds no MoE block
 
     def expert_count(self, config: Config) -> int:

@@ -1,6 +1,7 @@
 """GPT-OSS in bf16: all experts of a block in one tensor, biases everywhere, softmax over the chosen logits."""
 
 from espalier.families import Family, NeuronAxis
+from espalier.layer_parts import LayerParts
 
 FAMILY = Family(
     model_type="gpt_oss",
@@ -18,5 +19,6 @@ FAMILY = Family(
     expert_keys=("num_experts", "num_local_experts"),
     width_key="intermediate_size",
     router_module="router",
+    parts=LayerParts(ffn_pair=True),
     renormalise=lambda config: True,
 )

@@ -2,6 +2,7 @@
 
 from espalier.errors import UserError
 from espalier.families import Config, Family, NeuronAxis
+from espalier.layer_parts import LayerParts
 
 
 def _moe_layers(config: Config) -> list[int]:
@@ -34,5 +35,6 @@ FAMILY = Family(
     renormalise=lambda config: False,
     moe_layers=_moe_layers,
     router_kind=_router_kind,
+    parts=LayerParts(refused="its attention is in chunks of the whole sequence"),
     scales_input=True,
 )

@@ -1,6 +1,14 @@
 """MiniMax-Text-01, MiniMax-M1: lightning attention; the MoE blocks are Mixtral's."""
 
-from espalier.families import W1_W3_W2, Family
+from espalier.families import W1_W3_W2, Config, Family
+from espalier.layer_parts import LayerParts, named_full
+
+
+def _attention_layers(config: Config) -> list[int]:
+    if config.get("layer_types") is not None:
+        return named_full(config)
+    return list(range(0, config["num_hidden_layers"], 2))  # transformers' default
+
 
 FAMILY = Family(
     model_type="minimax",
@@ -11,4 +19,5 @@ FAMILY = Family(
     expert_keys=("num_experts", "num_local_experts"),
     width_key="intermediate_size",
     renormalise=lambda config: True,
+    parts=LayerParts(attends=_attention_layers),
 )
