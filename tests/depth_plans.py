@@ -10,8 +10,8 @@ from espalier.plan import Plan
 from espalier.plan_tensors import PlanTensor
 from espalier.shape import DenseShape, ModelShape
 
-GATE = {"weight": "{layer}.weight", "bias": "{layer}.bias"}
-PREDICTOR = GATE | {"first": "{layer}.first", "second": "{layer}.second", "offset": "{layer}.offset"}
+GATE = {"weight": "{layer}.depth.weight", "bias": "{layer}.depth.bias"}
+PREDICTOR = GATE | {"first": "{layer}.depth.first", "second": "{layer}.depth.second", "offset": "{layer}.depth.offset"}
 THRESHOLD: dict[str, Any] = {"rule": "threshold", "threshold": 0.5, "tensors_of": GATE}
 GUESSED: dict[str, Any] = {"capacity": 0.6, "tensors_of": PREDICTOR, "hidden_units": 5}
 

@@ -100,7 +100,7 @@ def plans(work):
         if name != "none":
             config = conf.load("method", name)
             method = build(config | (RATIO if "ratio" in config else {}))
-            if name in ("threshold", "tomoe"):  # which need a model that was split, or learn
+            if name in ("threshold", "depth_rule", "tomoe"):  # which need a model that was split or routed, or learn
                 continue
             if is_for_dense(method):
                 found[name] = split_plan_of(method, work)

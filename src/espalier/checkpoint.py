@@ -69,8 +69,8 @@ class Checkpoint:
     @cached_property
     def expert_counts(self) -> dict[int, int]:
         """Routed experts in the files, by decoder layer with a MoE block; a layer's need not equal another's."""
-        counts = {}
-        for layer in self.family.moe_layers(self.config):
+        counts, dropped = {}, self._dropped("block", "ffn")
+        for layer in (layer for layer in self.family.moe_layers(self.config) if layer not in dropped):
             if self.family.stacked:
                 stacked = self.entries.get(self.family.stacked_tensors(layer)[0])
                 counts[layer] = stacked.shape[0] if stacked is not None else 0
@@ -258,8 +258,10 @@ class Checkpoint:
         self._check_layers(where)
         hidden, width = int(self.config["hidden_size"]), int(self.config[family.width_key])
         split = self.config.get("espalier", {}).get("layers", {})
-        parameters = 0
+        parameters, dropped = 0, self._dropped("block", "ffn")
         for layer in range(int(self.config["num_hidden_layers"])):
+            if layer in dropped:
+                continue
             stored = sum(split[str(layer)]["segments"]) if str(layer) in split else width
             parameters = 0
             for role, name in family.tensors(layer).items():
@@ -288,6 +290,13 @@ class Checkpoint:
         bias = f"{family.attention_tensor(0, 'query')}.bias" in self.entries
         return 2 * heads * (int(self.config["hidden_size"]) + bias)
 
+    def _dropped(self, *granularities: str) -> set[int]:
+        """Layers whose tensors of this kind are not in the files, since no token runs them (`espalier.depth`)."""
+        routed = self.config.get("espalier", {}).get("depth", {"layers": {}})["layers"]
+        return {
+            int(layer) for layer, own in routed.items() if own["rule"] == "drop" and own["granularity"] in granularities
+        }
+
     def _check_layers(self, where: str) -> None:
         """Raise UserError unless the files hold as many decoder layers as config.json says."""
         said = int(self.config["num_hidden_layers"])
@@ -295,8 +304,7 @@ class Checkpoint:
         ahead = sum(int(v or 0) for key, v in self.config.items() if re.match(r"num_(nextn|mtp)_", key))
         found = [re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in self.entries if "mtp" not in name]
         held = 1 + max((int(match[1]) for match in found if match), default=-1)
-        depth = self.config.get("espalier", {}).get("depth", {"layers": {}})["layers"]
-        gone = {int(layer) for layer, own in depth.items() if own["rule"] == "drop"}
+        gone = self._dropped("block")
         while said - 1 in gone and held < said:  # its tensors are not in the files
             said -= 1
         if not said <= held <= said + ahead:

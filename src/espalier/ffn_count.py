@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from espalier.dense_families import DenseFamily
-from espalier.runtime import TokenMask, decoder
+from espalier.runtime import TokenMask, decoder, entered_tokens
 
 
 class NeuronCount(TokenMask):
@@ -24,8 +24,8 @@ class NeuronCount(TokenMask):
         """Mean number of neurons that a token ran, by layer."""
         return {layer: self.neurons[layer] / tokens for layer, tokens in self.tokens.items() if tokens}
 
-    def _see_weights(self, router: Any, inputs: Any, weights: torch.Tensor, *, layer: int, ffn: Any) -> None:
-        runs = self.unmasked(ffn.active_neurons(weights))
+    def _see_weights(self, router: Any, inputs: Any, weights: torch.Tensor, *, layer: int, ffn: Any, part: Any) -> None:
+        runs = self.unmasked(ffn.active_neurons(weights), entered_tokens(part))
         self.tokens[layer] = self.tokens.get(layer, 0) + len(runs)
         self.neurons[layer] = self.neurons.get(layer, 0) + int(runs.sum())
 
@@ -42,7 +42,7 @@ def count_neurons(model: Any, family: DenseFamily) -> Iterator[NeuronCount]:
         ffn = getattr(part, family.module)
         router = getattr(ffn, "router", None)
         if isinstance(router, nn.Module) and getattr(router, "kind", None) != "oracle":
-            handles.append(router.register_forward_hook(partial(counter._see_weights, layer=layer, ffn=ffn)))
+            handles.append(router.register_forward_hook(partial(counter._see_weights, layer=layer, ffn=ffn, part=part)))
     try:
         yield counter
     finally:

@@ -119,7 +119,7 @@ class _Builder:
                 if fitting is not None:
                     learnt = {"fit": fitting.document(), "dtype": model["dtype"]}
                     parents.append(self.add(Node("fit", learnt, (weights, tokens), fitting.name)))
-                if not methods.is_for_dense(method):
+                if not methods.is_for_dense(method) and not methods.is_for_depth(method):
                     self.usage.append(self._probe("usage", fetch, tokens, model, shards))
             base = methods.base_of(method)
             if base is not None:

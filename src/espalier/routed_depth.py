@@ -171,7 +171,7 @@ class Routed:
         named = STATES in kwargs
         states = kwargs.pop(STATES) if named else args[0]
         kept, factor = self.depth_router(states, place.call)
-        place.factor = factor
+        place.factor, place.rows = factor, None
         cache = kwargs.get(CACHE) if place.attends and not place.keeps_all else None
         layer = None if cache is None else ragged_layer(cache, place.number, place.window)
 
@@ -183,6 +183,7 @@ class Routed:
 
         if place.whole and place.keeps_all:
             place.kept, place.factor = kept, kept.float() * (1.0 if factor is None else factor)
+            place.rows = kept.flatten().nonzero()[:, 0]
             return torch.where(kept[..., None], stock(states), states)
         masked = self.backend == "masked" or (self.backend == "auto" and self.depth_router.straight_through)
         if masked:
@@ -192,6 +193,7 @@ class Routed:
         elif place.attends:
             found = self._compact(stock, states, kept, kwargs, layer)
         else:
+            place.rows = kept.flatten().nonzero()[:, 0]
             found = compact_ffn(stock, states, kept)
         if layer is not None:
             layer.advance(states.shape[1])
@@ -214,6 +216,7 @@ class Routed:
         changed[MASK] = self._mask(pack, layer, states.dtype)
         if layer is not None:
             layer.expect(pack)
+        place.rows = pack.flat if pack.valid is None else pack.flat.masked_fill(~pack.valid, -1)
         if place.whole and place.factor is not None:
             place.factor = pack.gather(place.factor)
         return pack.scatter(onto, stock(pack.gather(states), **changed))
@@ -296,6 +299,7 @@ class Place:
         self.ffn_pair = ffn_pair
         self.pair = granularity == "attention" or (granularity == "ffn" and ffn_pair)
         self.kept: Tensor | None = None
+        self.rows: Tensor | None = None  # the token of each row that runs, -1 for filling; None: all, in order
         self.window = window_of(config, number) if self.attends else None
         self.factor: Tensor | None = None
 

@@ -289,13 +289,31 @@ class TokenMask:
             mask = mask[:, -given.shape[1] :]  # with a cache the mask covers the past too
         self._current = None if mask is None else mask.bool().reshape(-1)
 
-    def unmasked(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return those of `rows` [T, ...] whose tokens count."""
+    def unmasked(self, rows: torch.Tensor, entered: torch.Tensor | None = None) -> torch.Tensor:
+        """Return those of `rows` [T, ...] whose tokens count.
+
+        `entered`, where tokens skip the layer: the token of each row among all, -1 for a row that is none's.
+        """
+        if entered is not None:
+            counts = entered >= 0
+            if self._current is not None:
+                counts &= self._current.to(entered.device)[entered.clamp(min=0)]
+            return rows[counts]
         if self._current is None:
             return rows
         if len(self._current) != len(rows):
             raise ValueError(f"the mask has {len(self._current)} tokens, the layer runs {len(rows)}")
         return rows[self._current.to(rows.device)]
+
+
+def entered_tokens(part: Any) -> torch.Tensor | None:
+    """Return which token each row is that the FFN of a decoder layer runs, -1 for none; None: all run, in order."""
+    for module in (part, *part.children()):
+        place = getattr(module, "_depth", None)
+        if place is not None and (place.whole or not place.attends):
+            rows: torch.Tensor | None = place.rows
+            return rows
+    return None
 
 
 class ActiveCount(TokenMask):
@@ -310,18 +328,19 @@ class ActiveCount(TokenMask):
         """Mean number of distinct experts that a token ran, by layer."""
         return {layer: self.runs[layer] / tokens for layer, tokens in self.tokens.items() if tokens}
 
-    def _see_experts(self, experts: Any, inputs: Routed, *, layer: int) -> None:
+    def _see_experts(self, experts: Any, inputs: Routed, *, layer: int, part: Any) -> None:
         ordered = inputs[1].sort(dim=-1).values  # [T, K]
         new = torch.ones_like(ordered, dtype=torch.bool)
         new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        self._add(layer, new & (ordered < experts.num_experts))  # an index of num_experts means "no expert"
+        # An index of num_experts means "no expert".
+        self._add(layer, new & (ordered < experts.num_experts), entered_tokens(part))
 
     def _see_scores(self, router: Any, inputs: Any, output: Any, *, layer: int) -> None:
         self._add(layer, output[0] > 0)
 
-    def _add(self, layer: int, runs: torch.Tensor) -> None:
+    def _add(self, layer: int, runs: torch.Tensor, entered: torch.Tensor | None = None) -> None:
         """Count `runs` [T, any] of the tokens that the mask keeps."""
-        runs = self.unmasked(runs)
+        runs = self.unmasked(runs, entered)
         self.tokens[layer] = self.tokens.get(layer, 0) + len(runs)
         self.runs[layer] = self.runs.get(layer, 0) + int(runs.sum())
 
@@ -341,7 +360,8 @@ def count_active(model: Any, family: Family) -> Iterator[ActiveCount]:
             router = getattr(block, family.router_module)
             handles.append(router.register_forward_hook(partial(counter._see_scores, layer=layer)))
         else:
-            handles.append(block.experts.register_forward_pre_hook(partial(counter._see_experts, layer=layer)))
+            see = partial(counter._see_experts, layer=layer, part=decoder(model).layers[layer])
+            handles.append(block.experts.register_forward_pre_hook(see))
     try:
         yield counter
     finally:

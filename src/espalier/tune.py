@@ -23,7 +23,9 @@ from espalier.running import Running
 from espalier.runtime import load, moe_blocks
 from espalier.teacher import Teacher
 from espalier.train import Step, Trained, Training, TrainingState, interruption, shuffled, train
+from espalier.tune_adapters import Adapters
 from espalier.tune_checkpoint import write_tuned
+from espalier.tune_depth import DepthGates
 from espalier.tune_gates import Controller, Gates, batches_of
 from espalier.tune_layerwise import LayerwiseTuner
 from espalier.tune_losses import divergence, entropy, next_token, router_logits
@@ -114,7 +116,7 @@ def tune(
     config = None
     if threshold is not None:
         facts["threshold"] = record["threshold"] = threshold
-        config = _with_threshold(checkpoint.config, threshold)
+        config = _with_threshold(checkpoint.config, threshold, depth=bool(tuning.load))
     named = {names[name]: tensor for name, tensor in tensors.items()}
     workers = running.apply_workers
     section = _section(tuning, training, text, facts, node)
@@ -161,15 +163,21 @@ def _end_to_end(
     answers = Teacher(teacher, text.ids) if teacher is not None else None
     device = running.torch_device()
     model = load(source, dtype, device)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
     checkpoint = Checkpoint(source)
+    adapters = None
+    if tuning.train == "lora":
+        adapted = [name for name in names if ".depth_router." not in name]
+        adapters = Adapters(model, adapted, tuning.rank, tuning.alpha, tuning.seed)
+    for name, parameter in model.named_parameters():
+        own = name in names if adapters is None else ".lora_" in name or ".depth_router." in name
+        parameter.requires_grad_(own and parameter.is_floating_point())
     if checkpoint.is_dense and tuning.entropy:
         raise UserError(
             f"conf/tuning/{tuning.name}.yaml: entropy={tuning.entropy} is for routers of MoE blocks. Use 0."
         )
     gates = Gates(model, checkpoint.dense_family, where) if tuning.gates else None
-    controller = Controller(tuning.gates, tuning.target)
+    depth = DepthGates(model, where, load=bool(tuning.load), straight_through=tuning.straight_through)
+    controller = Controller(tuning.gates or tuning.load, tuning.target)
     if gates is not None:
         for ffn in gates.ffns:
             ffn.router.straight_through = tuning.straight_through
@@ -195,6 +203,14 @@ def _end_to_end(
         if gates is not None:
             terms["gates"] = controller.coefficient * gates.loss(given)
             measured["active"] = gates.active(given)
+        if tuning.load:
+            terms["load"] = controller.coefficient * depth.load(given, tuning.load_term, tuning.target)
+            measured["active"] = depth.kept(given)
+        elif depth.routers:
+            measured["kept"] = depth.kept(given)
+        guesses = depth.predictors(given)
+        if guesses is not None:
+            terms["predictors"] = guesses
         return terms
 
     saved = TrainingState(state / "training.safetensors", identity)
@@ -211,23 +227,33 @@ def _end_to_end(
             after=lambda step: log(_named(step, "")),
             before=controller.follow,
             measure=lambda: measured,
-            scale=lambda name: ratio if ".router." in name else 1.0,
+            scale=lambda name: ratio if "router." in name else 1.0,
         )
-    if gates is None or tuning.target is None:
+    if adapters is not None:
+        trained = Trained(adapters.merged(trained.parameters), trained.curve)
+    thresholds = gates if gates is not None else depth if tuning.load else None
+    if thresholds is None or tuning.target is None:
         return trained, None
     some = slice(0, max(1, THRESHOLD_TOKENS // ids.shape[1]))
     parts = list(batches_of(ids[some], None if mask is None else mask[some], tuning.batch, device))
-    return trained, gates.set_threshold(model.eval(), parts, tuning.target)
+    return trained, thresholds.set_threshold(model.eval(), parts, tuning.target)
 
 
-def _with_threshold(config: dict[str, Any], threshold: float) -> dict[str, Any]:
-    """Return config.json with another threshold for every gated FFN."""
+def _with_threshold(config: dict[str, Any], threshold: float, depth: bool) -> dict[str, Any]:
+    """Return config.json with another threshold for every gated FFN, or for every layer with gates of depth."""
+    own = config["espalier"]
+    if depth:
+        routed = {
+            layer: settings | {"threshold": threshold} if settings["rule"] == "threshold" else settings
+            for layer, settings in own["depth"]["layers"].items()
+        }
+        return config | {"espalier": own | {"depth": own["depth"] | {"layers": routed}}}
     layers = {
         layer: settings | {"router": settings["router"] | {"threshold": threshold}}
         if settings["router"]["choose"] == "threshold" else settings
-        for layer, settings in config["espalier"]["layers"].items()
+        for layer, settings in own["layers"].items()
     }  # fmt: skip
-    return config | {"espalier": config["espalier"] | {"layers": layers}}
+    return config | {"espalier": own | {"layers": layers}}
 
 
 def _routers(model: Any, checkpoint: Checkpoint) -> tuple[list[nn.Module], int]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from espalier.checkpoint import Checkpoint
+from espalier.depth_count import depth_routers
 from espalier.errors import UserError
 from espalier.runtime import decoder, moe_blocks, skeleton
+from espalier.tune_adapters import linear_weights
 from espalier.tune_settings import Tuning
 from espalier.weights import WeightMap
 
@@ -21,12 +23,17 @@ def tuned_names(source: Path, dtype: str, tuning: Tuning) -> dict[str, str]:
     model, checkpoint = skeleton(source, dtype), Checkpoint(source)
     weights = WeightMap(model, checkpoint)
     names = {module: name for name, module in model.named_modules()}
-    parts = list(
-        _dense_parts(model, checkpoint, tuning) if checkpoint.is_dense else _routers(model, checkpoint, tuning)
-    )
-    if not parts:
+    depth = list(depth_routers(model).values())
+    if tuning.train in ("depth", "lora"):
+        parts = depth
+    elif checkpoint.is_dense:
+        parts = [*_dense_parts(model, checkpoint, tuning), *depth]
+    else:
+        parts = [*_routers(model, checkpoint, tuning), *depth]
+    if not any(True for part in parts for _ in part.parameters()) and tuning.train != "lora":
         raise UserError(
-            f"{source}: has no router to tune. Split the model first (method=dsmoe, say), or use train=ffn."
+            f"{source}: has no router to tune. Split the model first (method=dsmoe, say) or route its depth "
+            "(method=modification), or use train=ffn, lora or all."
         )
     if tuning.norms and tuning.train != "all":
         parts += [module for module in model.modules() if type(module).__name__.endswith("Norm")]
@@ -40,14 +47,18 @@ def tuned_names(source: Path, dtype: str, tuning: Tuning) -> dict[str, str]:
             if recipe is None or recipe.converter is not None:
                 raise UserError(f"{source}: {full} is no tensor of the files, so that it cannot be tuned.")
             found[full] = recipe.names[0]
+    for name in linear_weights(model) if tuning.train == "lora" else ():
+        recipe = weights.recipes.get(name)
+        if recipe is not None and recipe.converter is None:
+            found[name] = recipe.names[0]
     return found
 
 
 def _routers(model: Any, checkpoint: Checkpoint, tuning: Tuning) -> Iterator[Any]:
     if tuning.train != "routers":
         raise UserError(
-            f"conf/tuning/{tuning.name}.yaml: train={tuning.train} is for dense models whose FFNs were split; "
-            f"{checkpoint.family.model_type} has experts. Use train=routers."
+            f"conf/tuning/{tuning.name}.yaml: train={tuning.train} is for dense models; "
+            f"{checkpoint.family.model_type} has experts. Use train=routers, depth or lora."
         )
     for block in moe_blocks(model, checkpoint.family).values():
         yield getattr(block, checkpoint.family.router_module)

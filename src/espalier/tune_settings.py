@@ -10,7 +10,8 @@ from espalier.errors import UserError, nearest
 OBJECTIVES = ("lm", "distill", "layerwise")
 SCHEDULES = ("constant", "linear", "cosine")
 INPUTS = ("original", "compressed")
-TRAIN = ("routers", "ffn", "all")
+TRAIN = ("routers", "ffn", "depth", "lora", "all")
+TERMS = ("product", "excess")
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class Tuning:
     each block sees what the `original` model feeds it, or what the `compressed` one does, whose earlier errors it then
     makes good. norms: tune the norms too (layerwise: the one before each block, whose whole output is then compared).
     entropy: weight of the mean entropy of the routers' softmax.
-    train, of split dense models: the `routers`, `ffn` (with the routers), or `all` parameters. router_rate: highest
-    rate of routers, where it is another. gates: weight of DSMoE's L1 term, moved by a controller where `target` is
-    given: the fraction of the FFNs' neurons that a token is to run, to which the threshold is set in the end.
-    straight_through: whether gates of what does not run have a gradient.
+    train, of split dense models: the `routers`, `ffn` (with the routers), or `all` parameters. Of models whose layers
+    tokens skip: the routers of `depth`, `lora` (with adapters of `rank` and `alpha` at the linear layers, merged in the
+    end), or `all`. router_rate: highest rate of routers, where it is another. gates: weight of DSMoE's L1 term, load:
+    of the term for tokens that enter routed layers, whose form is `load_term`; moved by a controller where `target` is
+    given: the fraction of the FFNs' neurons that a token is to run, or of tokens that are to enter, to which the
+    threshold is set in the end. straight_through: whether gates of what does not run have a gradient.
     tokens: how many are read in all, of `layerwise` for each layer. batch: sequences a micro-batch; a step takes
     `accumulation` of them. warm_up: share of the steps. clip: largest norm of the gradient, or None. bf16: autocast.
 
@@ -53,6 +56,10 @@ class Tuning:
     gates: float = 0.0
     target: float | None = None
     straight_through: bool = True
+    load: float = 0.0
+    load_term: str = "product"
+    rank: int = 8
+    alpha: int = 16
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Tuning:
@@ -89,12 +96,20 @@ class Tuning:
         return self.tokens // each
 
     def _check(self, where: str) -> None:
-        choices = {"objective": OBJECTIVES, "schedule": SCHEDULES, "inputs": INPUTS, "train": TRAIN}
+        choices = {"objective": OBJECTIVES, "schedule": SCHEDULES, "inputs": INPUTS, "train": TRAIN, "load_term": TERMS}
         for key, known in choices.items():
             value = getattr(self, key)
             if value not in known:
                 raise UserError(f"{where}: {key}={value!r}; {nearest(str(value), list(known))}.")
-        for key, least in (("tokens", 1), ("batch", 1), ("accumulation", 1), ("top", 1), ("seed", 0)):
+        for key, least in (
+            ("tokens", 1),
+            ("batch", 1),
+            ("accumulation", 1),
+            ("top", 1),
+            ("seed", 0),
+            ("rank", 1),
+            ("alpha", 1),
+        ):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{where}: {key}={value!r}, expected a whole number >= {least}.")
@@ -109,16 +124,17 @@ class Tuning:
             "clip": (self.clip is None or _number(self.clip) > 0, "a number above 0 or null"),
             "router_rate": (self.router_rate is None or _number(self.router_rate) > 0, "a number above 0 or null"),
             "gates": (_number(self.gates) >= 0, "a number >= 0"),
+            "load": (_number(self.load) >= 0, "a number >= 0"),
             "target": (self.target is None or 0 < _number(self.target) < 1, "a fraction in (0, 1) or null"),
         }
         for key, (fits, wanted) in ranges.items():
             if not fits:
                 raise UserError(f"{where}: {key}={getattr(self, key)!r}, expected {wanted}.")
-        if self.target is not None and not self.gates:
-            raise UserError(
-                f"{where}: target={self.target} needs the first weight of the gates' L1 term. Give gates > 0."
-            )
-        if self.objective == "layerwise" and (self.train != "routers" or self.gates):
+        if self.target is not None and bool(self.gates) == bool(self.load):
+            raise UserError(f"{where}: target={self.target} needs the first weight of one term: gates > 0 or load > 0.")
+        if self.load and self.load_term == "excess" and self.target is None:
+            raise UserError(f"{where}: load_term=excess is over a target. Give target.")
+        if self.objective == "layerwise" and (self.train != "routers" or self.gates or self.load):
             raise UserError(f"{where}: objective=layerwise tunes routers of MoE blocks. Use objective=lm or distill.")
 
 

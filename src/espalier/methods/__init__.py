@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError, nearest
 from espalier.fit_settings import Fitting
 from espalier.methods.budget import survivors
@@ -68,7 +69,21 @@ class DenseMethod(Protocol):
     def plan(self, stats: Stats, shape: DenseShape, ffns: "FFNWeights") -> Plan: ...
 
 
-AnyMethod = Method | WeightMethod | ComparingMethod | DenseMethod
+class DepthMethod(Protocol):
+    """A method for either kind of model, by which tokens skip layers.
+
+    With `reads_checkpoint` its `plan` gets the checkpoint too, of which it may look at config.json.
+    """
+
+    depth: ClassVar[bool]  # True
+
+    @property
+    def probes(self) -> tuple[str, ...]: ...
+
+    def plan(self, stats: Stats, shape: "Shape") -> Plan: ...
+
+
+AnyMethod = Method | WeightMethod | ComparingMethod | DenseMethod | DepthMethod
 Shape = ModelShape | DenseShape
 
 
@@ -92,6 +107,10 @@ def make_plan(method: AnyMethod, stats: Stats, shape: Shape, directory: Path, ba
     `base` is the directory of the second model, for a method that has one.
     """
     _check_kind(method, shape)
+    if is_for_depth(method):
+        if getattr(method, "reads_checkpoint", False):
+            return cast(Any, method).plan(stats, shape, Checkpoint(directory)).check(shape)  # type: ignore[no-any-return]
+        return cast(DepthMethod, method).plan(stats, shape).check(shape)
     if isinstance(shape, DenseShape):
         from espalier.ffn_weights import FFNWeights
 
@@ -111,6 +130,11 @@ def is_for_dense(method: AnyMethod) -> bool:
     return getattr(method, "dense", False) is True
 
 
+def is_for_depth(method: AnyMethod) -> bool:
+    """Whether a method lets tokens skip layers, of either kind of model."""
+    return getattr(method, "depth", False) is True
+
+
 def check(method: AnyMethod, shape: Shape, tokens: int | None) -> None:
     """Raise the UserErrors of a method that need no statistics, for `tokens` calibration tokens (None: not known).
 
@@ -126,7 +150,7 @@ def check(method: AnyMethod, shape: Shape, tokens: int | None) -> None:
 
 def _check_kind(method: AnyMethod, shape: Shape) -> None:
     """Raise UserError for a method for dense models and a model with experts, or the other way round."""
-    if is_for_dense(method) == isinstance(shape, DenseShape):
+    if is_for_depth(method) or is_for_dense(method) == isinstance(shape, DenseShape):
         return
     where = f"conf/method/{type(method).__module__.rpartition('.')[2]}.yaml"
     if isinstance(shape, DenseShape):

@@ -19,6 +19,12 @@ def whole_number(method: str, key: str, value: Any, least: int) -> None:
         raise UserError(f"conf/method/{method}.yaml: {key}={value} is not a whole number >= {least}.")
 
 
+def number(method: str, key: str, value: Any, least: float, most: float) -> None:
+    """Raise UserError unless `value` is a number in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise UserError(f"conf/method/{method}.yaml: {key}={value} is not a number in {least}..{most}.")
+
+
 def softmax_router(where: str, shape: ModelShape, what: str, remedy: str, *, plain: bool = False) -> None:
     """Raise UserError unless the router scores experts by a softmax; `plain`: and by nothing besides.
 

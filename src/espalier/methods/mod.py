@@ -1,0 +1,74 @@
+"""Mixture-of-Depths (MoD): the tokens of largest gate in their sequence enter a layer.
+
+Raposo et al., 2024 (arXiv 2404.02258): in every second layer the share `capacity` of a sequence's tokens enters, those
+of largest g = sigmoid(w x + b), which multiplies what they get (the paper multiplies by w x itself; a sigmoid starts an
+existing model near its dense function). Which they are depends on later tokens: a sequence can only be read, not
+sampled, by this rule. Sampling asks a predictor, a small network that learns to guess the choice from x alone
+(`tuning: depth` trains it beside); `method@after: depth_rule` with rule=predictor uses it everywhere.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espalier.depth import WEIGHTS, Depth
+from espalier.methods.depth_layers import Shape, check_keys, check_layers, chosen_layers, probes_for, route
+from espalier.methods.options import number, one_of, whole_number
+from espalier.plan import Plan
+from espalier.stats import Stats
+
+
+@dataclass(frozen=True)
+class Mod:
+    """Route `layers` by rank, with gates and predictors that are not trained yet."""
+
+    capacity: float = 0.125
+    layers: Any = "interleave"
+    count: int | None = None
+    granularity: str = "block"
+    weights: str = "gate"
+    init_bias: float = 4.0
+    predictor: int = 64
+    seed: int = 0
+    depth: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", check_keys("mod", self.layers, self.count, self.granularity))
+        one_of("mod", "weights", self.weights, WEIGHTS)
+        number("mod", "capacity", self.capacity, 0.001, 1)
+        number("mod", "init_bias", self.init_bias, -100, 100)
+        whole_number("mod", "predictor", self.predictor, 1)
+        whole_number("mod", "seed", self.seed, 0)
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        return probes_for(self.layers)
+
+    def check(self, shape: Shape, tokens: int) -> None:
+        """Raise UserError for layers that the model has not."""
+        check_layers("mod", self.layers, self.count, self.granularity, shape)
+
+    def plan(self, stats: Stats, shape: Shape) -> Plan:
+        roles = ("weight", "bias", "first", "second", "offset")
+        operation = Depth(
+            "top_k",
+            self.granularity,
+            self.weights,
+            capacity=self.capacity,
+            tensors_of=dict.fromkeys(roles, ""),
+            hidden_units=self.predictor,
+        )
+
+        def make(layer: int) -> tuple[Depth, Mapping[str, NDArray[Any]]]:
+            rng = np.random.default_rng([self.seed, layer])
+            # Gates that are all alike would rank tokens by their place.
+            gate = {"weight": rng.normal(0, 1e-3, shape.hidden), "bias": np.full(1, float(self.init_bias))}
+            first = rng.normal(0, shape.hidden**-0.5, (self.predictor, shape.hidden))
+            second = rng.normal(0, self.predictor**-0.5, self.predictor)
+            return operation, gate | {"first": first, "second": second, "offset": np.zeros(1)}
+
+        layers = chosen_layers("mod", self.layers, self.count, self.granularity, shape, stats)
+        return route({"name": "mod"} | asdict(self), layers, make, stats)
