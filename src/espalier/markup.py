@@ -58,11 +58,15 @@ def seconds(value: float | None) -> str:
 def main_rows(table: Document) -> tuple[list[str], list[list[str]]]:
     """Return header and cells of the table of means: one line a label, what the seeds share averaged."""
     header = ["method", "seeds", "plan s", "stored", "unique", "active"]
-    has_ffn, has_texts, has_divergences, has_choices = (
-        any(key in line for line in table["summary"]) for key in ("ffn", "perplexity", "kl", "accuracy")
+    has_ffn, has_depth, has_cache, has_texts, has_divergences, has_choices = (
+        any(key in line for line in table["summary"])
+        for key in ("ffn", "entered", "cache", "perplexity", "kl", "accuracy")
     )
+    has_ffn = has_ffn and not has_depth  # of FFNs that are skipped as part of a layer, `tokens %` tells all
     if has_ffn:
         header.append("FFN %")
+    if has_depth:
+        header.append("tokens %")
     if has_texts:
         header += ["perplexity [95 %]", "× full [95 %]"]
     if has_divergences:
@@ -70,13 +74,15 @@ def main_rows(table: Document) -> tuple[list[str], list[list[str]]]:
     if has_choices:
         header += ["accuracy % [95 %]", "Δ full [95 %]"]
     phases = [phase for phase in ("prefill", "decode") if any(phase in line for line in table["summary"])]
-    header += [f"{phase} × [95 %] (ideal)" for phase in phases]
+    header += [f"{phase} × [95 %] (ideal)" for phase in phases] + (["cache ×"] if has_cache else [])
     rows = []
     for line in table["summary"]:
         counts = [millions(line[key]) for key in ("stored", "unique", "active")]
         row = [name_of(line), str(len(line["seeds"])), seconds(line.get("plan_seconds")), *counts]
         if has_ffn:
             row.append(percent(line.get("ffn")))
+        if has_depth:
+            row.append(percent(line.get("entered")))
         if has_texts:
             found = line.get("perplexity", {})
             row += [between(found, "value", number), between(found, "ratio", number)]
@@ -86,6 +92,8 @@ def main_rows(table: Document) -> tuple[list[str], list[list[str]]]:
             found = line.get("accuracy", {})
             row += [between(found, "value", percent), between(found, "delta", lambda x: percent(x, sign=True))]
         row += [_timed(line.get(phase)) for phase in phases]
+        if has_cache:
+            row.append(number(line["cache"]) if "cache" in line else NONE)
         rows.append(row)
     return header, rows
 
@@ -157,6 +165,12 @@ def legend(table: Document, paired: bool = True) -> list[str]:
         lines.append("KL: divergence of the uncompressed model's predictions from the model's, in nats a token.")
     if any("ffn" in line for line in table["summary"]):
         lines.append("FFN %: neurons of the uncompressed model's FFNs that a token runs (measured).")
+    if any("entered" in line for line in table["summary"]):
+        lines.append(
+            "tokens %: share of tokens that enter a layer which they may skip, the mean of such layers (measured)."
+        )
+    if any("cache" in line for line in table["summary"]):
+        lines.append("cache ×: bytes of keys and values over the uncompressed model's.")
     if "choice" in kinds:
         corrected = any(facts["metric"] == "acc_mutual_info" for facts in table["tasks"].values())
         how = " (each choice's score less its score without the question)" if corrected else ""

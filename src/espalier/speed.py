@@ -3,7 +3,8 @@
 Both read the same held-out text, so that they do the same work and routers see what they were made for. On one thread
 of a processor the clock counts that thread's own time, which other programs hardly change; else it is the wall's.
 Beside each ratio stands the ideal one: decoding reads the weights that a token uses, so their number's ratio; a prefill
-computes, so that of its FLOPs. The ideal knows no kernel, router or memory but weights.
+computes, so that of its FLOPs, in which a layer that some tokens skip has attention among the others only. The ideal
+knows no kernel, router or memory but weights.
 """
 
 import contextlib
@@ -37,6 +38,8 @@ Clock = Callable[[], float]
 def measure_speed(directory: Path, original: Path, timing: Timing, dtype: str, running: Running) -> Document:
     """Return what `espalier.speed/1` says: for `prefill` and `decode` seconds, ratios of the rounds, and the ideal.
 
+    `cache` are the bytes of keys and values after the last round, of the original and of the model.
+
     A round is a prefill of `timing.prompt` tokens, of whose logits only the last are computed, and `timing.new` tokens
     fed one by one. UserError for a text that is too short, or models that do not fit into memory together.
     """
@@ -61,13 +64,20 @@ def measure_speed(directory: Path, original: Path, timing: Timing, dtype: str, r
             found = {which: _round(models[which], row, timing.prompt, clock) for which in order}
             seconds.append([found[0], found[1]])
     sizes = sizes_of_directory(original)
-    ideal = {"prefill": _ideal_prefill(sizes, timing.prompt, *used), "decode": _ideal_decode(sizes, *used)}
+    before, after = (float(active["parameters"]) for active in used)
+    scores = _scores(checkpoints, used[1], sizes)
+    ideal = {
+        "prefill": _ideal_prefill(sizes, timing.prompt, before, after, scores),
+        "decode": _ideal_decode(sizes, before, after),
+    }
+    cache = [cache_bytes(_prefill(model, ids[-1:])) for model in models]
     return {
         "format": FORMAT,
         "timing": asdict(timing),
         "device": device,
         "dtype": str(models[1].dtype).removeprefix("torch."),
-        "active": {"original": used[0], "model": used[1]},
+        "active": {"original": before, "model": after},
+        "cache": {"original": cache[0], "model": cache[1]},
         **{
             phase: _summary([[each[n] for each in row] for row in seconds], ideal[phase])
             for n, phase in enumerate(("prefill", "decode"))
@@ -100,19 +110,46 @@ def _text(directory: Path, timing: Timing, vocabulary: int) -> Tensor:
     return torch.tensor(ids[: length * (timing.rounds + 1)]).view(-1, length)
 
 
-def _used(model: Any, checkpoint: Checkpoint, ids: Tensor) -> float:
-    """Return the parameters that a token of the texts uses on average."""
+def _used(model: Any, checkpoint: Checkpoint, ids: Tensor) -> Document:
+    """Return what a token of the texts uses on average."""
     with count_parameters(model, checkpoint) as active, torch.inference_mode():
         for row in ids[1:]:
             model(input_ids=row[None], use_cache=False, logits_to_keep=1)
-    return float(active["parameters"])
+    return active
+
+
+def _scores(checkpoints: list[Checkpoint], active: Document, sizes: Sizes) -> float:
+    """Return what part of the FLOPs of the original's attention scores the model computes."""
+    original, model = checkpoints
+    routed = model.config.get("espalier", {}).get("depth", {"layers": {}})["layers"]
+    parts = [float(layer.attention) for layer in sizes.count.layers]
+    whole, left = sum(parts), list(parts)
+    for layer, share in active.get("depth", {}).items():
+        own = routed[layer]
+        if own["granularity"] != "ffn" and own["cache"] == "kept":
+            left[int(layer)] *= share**2
+    dropped = int(model.config["num_hidden_layers"]) / int(original.config["num_hidden_layers"])
+    return sum(left) * dropped / whole if whole else 1.0
+
+
+@torch.inference_mode()
+def _prefill(model: Any, ids: Tensor) -> Any:
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def cache_bytes(cache: Any) -> int:
+    """Return the bytes of the keys and values that a transformers cache holds."""
+    tensors = [
+        part for layer in cache.layers for part in (getattr(layer, "keys", None), getattr(layer, "values", None))
+    ]
+    return sum(part.numel() * part.element_size() for part in tensors if part is not None)
 
 
 @torch.inference_mode()
 def _round(model: Any, ids: Tensor, prompt: int, clock: Clock) -> tuple[float, float]:
     """Return the seconds of a prefill of [1, prompt] and of feeding the rest of `ids` [1, L] token by token."""
     start = clock()
-    cache = model(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+    cache = _prefill(model, ids[:, :prompt])
     middle = clock()
     for place in range(prompt, ids.shape[1]):
         model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
@@ -140,10 +177,11 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _ideal_prefill(sizes: Sizes, prompt: int, original: float, model: float) -> float:
-    """Return the ratio of FLOPs of the decoder layers; attention's scores are computed by either."""
+def _ideal_prefill(sizes: Sizes, prompt: int, original: float, model: float, scores: float) -> float:
+    """Return the ratio of FLOPs of the decoder layers; the model computes the part `scores` of attention's scores."""
     whole = forward_flops(sizes, prompt, prompt, head=False)
-    return 1 - 2.0 * prompt * (original - model) / whole
+    attention = 2.0 * prompt * prompt * sum(layer.attention for layer in sizes.count.layers)
+    return 1 - (2.0 * prompt * (original - model) + (1 - scores) * attention) / whole
 
 
 def _ideal_decode(sizes: Sizes, original: float, model: float) -> float:

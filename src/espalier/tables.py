@@ -125,6 +125,8 @@ def _measure(row: Document, store: Store) -> Measured:
     # The active parameters of the process that measured them on the most text.
     most = max(documents.values(), key=lambda document: document["active"]["tokens"])
     one.counts = most["parameters"] | {"active": most["active"]["parameters"], "neurons": most["active"].get("neurons")}
+    shares = list(most["active"].get("depth", {}).values())
+    one.counts["entered"] = float(np.mean(shares)) if shares else None
     if "speed" in row:
         one.speed = read_json(store.path(store.read_node(row["speed"])), "espalier.speed/1")
     artefacts = [*documents, store.path(row["weights"]), *([store.path(row["plan"])] if row["plan"] else [])]
@@ -270,11 +272,15 @@ def _summary(group: Sequence[Measured], base: Measured | None, comparison: Compa
         line[count] = float(np.mean([one.counts[count] or 0 for one in group]))
     if base is not None and first.counts["neurons"] and base.counts["neurons"]:
         line["ffn"] = float(np.mean([one.counts["neurons"] or 0 for one in group])) / base.counts["neurons"]
+    if first.counts["entered"] is not None:
+        line["entered"] = float(np.mean([one.counts["entered"] or 0 for one in group]))
     timed = [one.speed for one in group if one.speed is not None]
     for phase in PHASES if timed else ():
         value, low, high = intervals.mean_ratio([found[phase]["ratios"] for found in timed])
         ideal = float(np.mean([found[phase]["ideal"] for found in timed]))
         line[phase] = {"value": value, "low": low, "high": high, "ideal": ideal}
+    if timed and "entered" in line:
+        line["cache"] = float(np.mean([found["cache"]["model"] / found["cache"]["original"] for found in timed]))
     return line | _means(group, base, comparison)
 
 
