@@ -15,8 +15,9 @@ from espalier.dense_families import DenseFamily
 from espalier.errors import UserError, nearest
 from espalier.families import Family
 from espalier.observe import BlockObserver, BlockTrace, observe
+from espalier.observe_attention import AttentionObserver, AttentionTrace, observe_attention
 from espalier.observe_ffn import FFNObserver, FFNTrace, observe_ffns
-from espalier.probes import DENSE_PROBES, PROBES, DenseProbe, Probe
+from espalier.probes import DENSE_PROBES, LAYER_PROBES, PROBES, DenseProbe, LayerProbe, Probe
 from espalier.resume import CollectState
 from espalier.running import Running
 from espalier.runtime import decoder, load
@@ -27,7 +28,7 @@ from espalier.stream import Batch, StreamedModel
 Progress = Callable[[int, int], None]
 Shard = tuple[int, int]  # number from 0, of how many
 Results = dict[tuple[str, int], dict[str, Array]]
-Observers = list[BlockObserver] | list[FFNObserver]
+Observer = BlockObserver | FFNObserver | AttentionObserver
 
 WHOLE: Shard = (0, 1)
 
@@ -72,7 +73,7 @@ def collect(
     finally:
         model.train(was_training)
     results: Results = {}
-    for layer in shape.layers:
+    for layer in observation.layers:
         results |= observation.finish(layer)
     return Stats(shape, observation.sequence_tokens, results)
 
@@ -104,28 +105,28 @@ def collect_streamed(
     first = state.layers if state is not None else 0
     results: Results = {}
     if state is not None and first:
-        for layer in (layer for layer in shape.layers if layer < first):
+        for layer in (layer for layer in observation.layers if layer < first):
             results |= state.stats(layer).arrays
         state.load(states)
         model.returns_tuple = state.returns_tuple
     with torch.no_grad(), observation.observe(model.model, family) as observers:
-        by_layer = {observer.layer: observer for observer in observers}
         for turn in model.turns(batches, states, first):
-            observer = by_layer.get(turn.layer)
+            own = [observer for observer in observers if observer.layer == turn.layer]
             for number in range(len(batches)):
-                if observer is not None:
+                for observer in own:
                     observation.expect(observer, number)
                 turn.run(number)
                 if progress is not None:
                     progress(turn.layer * len(batches) + number + 1, layers * len(batches))
             found: Results = {}
-            if observer is not None:
-                observation.check_calls(observer)
+            if own:
+                for observer in own:
+                    observation.check_calls(observer)
                 found = observation.finish(turn.layer)
                 results |= found
             if state is not None:
-                own = Stats(shape, observation.sequence_tokens, found) if found else None
-                state.save(turn.layer, own, states, model.returns_tuple)
+                layer_stats = Stats(shape, observation.sequence_tokens, found) if found else None
+                state.save(turn.layer, layer_stats, states, model.returns_tuple)
     return Stats(shape, observation.sequence_tokens, results)
 
 
@@ -205,10 +206,10 @@ class Observation:
         batch_size: int,
         shard: Shard,
     ) -> None:
-        known = DENSE_PROBES if isinstance(shape, DenseShape) else PROBES
+        known = list(DENSE_PROBES if isinstance(shape, DenseShape) else PROBES)
         for name in probes:
-            if name not in known:
-                raise UserError(f"probe {name!r} is unknown; {nearest(name, list(known))}.")
+            if name not in (*known, *LAYER_PROBES):
+                raise UserError(f"probe {name!r} is unknown; {nearest(name, [*known, *LAYER_PROBES])}.")
         ids = torch.as_tensor(input_ids)
         mask = torch.ones_like(ids, dtype=torch.bool)
         if attention_mask is not None:
@@ -227,22 +228,54 @@ class Observation:
         self._tokens = sum(every)
         parts = list(zip(torch.split(ids, batch_size), torch.split(mask, batch_size), strict=True))
         self.batches = [Batch.of(*part) for part in parts]
+        self._masks = [part for _, part in parts]
         self._rows = [part.flatten().nonzero()[:, 0] for _, part in parts]
         self._first = np.cumsum([sum(every[:start]), *map(len, self._rows)]).tolist()
         self._names = [name for name in known if name in probes]
         self._probes: dict[int, dict[str, Probe]] = {}
         self._dense_probes: dict[int, dict[str, DenseProbe]] = {}
+        self._layer_names = [name for name in LAYER_PROBES if name in probes]
+        self._layer_probes: dict[int, dict[str, LayerProbe]] = {}
+        decoder_shape = shape.decoder
+        if self._layer_names and (decoder_shape is None or not decoder_shape.attends or decoder_shape.refused):
+            raise UserError(f"probe {self._layer_names[0]} needs softmax attention, which {shape.family} has not.")
+        self._attends = decoder_shape.attends if self._layer_names and decoder_shape is not None else ()
 
-    def observe(self, model: Any, family: Family | DenseFamily) -> contextlib.AbstractContextManager[Observers]:
-        """Observe the model's MoE blocks, with attention where a probe looks at it, or its FFNs."""
-        if isinstance(family, DenseFamily):
-            return observe_ffns(model, self.shape.layers, family, self.consume_ffn)
-        attention = any(getattr(PROBES[name], "attention", False) for name in self._names)
-        return observe(model, self.shape.layers, family, self.consume, attention)
+    @property
+    def layers(self) -> list[int]:
+        """The layers of which something is observed, ascending."""
+        return sorted({*(self.shape.layers if self._names else ()), *self._attends})
 
-    def expect(self, observer: BlockObserver | FFNObserver, number: int) -> None:
+    @contextlib.contextmanager
+    def observe(self, model: Any, family: Family | DenseFamily) -> Iterator[list[Observer]]:
+        """Observe the model's MoE blocks, with attention where a probe looks at it, or FFNs; and its attention."""
+        with contextlib.ExitStack() as stack:
+            observers: list[Observer] = []
+            if self._names and isinstance(family, DenseFamily):
+                observers += stack.enter_context(observe_ffns(model, self.shape.layers, family, self.consume_ffn))
+            elif self._names and isinstance(family, Family):
+                attention = any(getattr(PROBES[name], "attention", False) for name in self._names)
+                observers += stack.enter_context(observe(model, self.shape.layers, family, self.consume, attention))
+            if self._layer_names:
+                where = family.parts.attention
+                observers += stack.enter_context(observe_attention(model, self._attends, where, self.consume_attention))
+            yield observers
+
+    def expect(self, observer: Observer, number: int) -> None:
         """Prepare an observer for the batch `number`."""
-        observer.expect(self._rows[number], self._first[number])
+        if isinstance(observer, AttentionObserver):
+            observer.expect(self._masks[number])
+        else:
+            observer.expect(self._rows[number], self._first[number])
+
+    def consume_attention(self, trace: AttentionTrace) -> None:
+        """Feed the layer probes of the trace's layer."""
+        if trace.layer not in self._layer_probes:
+            self._layer_probes[trace.layer] = {name: LAYER_PROBES[name]() for name in self._layer_names}
+        if not torch.isfinite(trace.weights).all():
+            raise _not_finite(trace.layer, "attention weights", trace.weights)
+        for probe in self._layer_probes[trace.layer].values():
+            probe.update(trace)
 
     def consume_ffn(self, trace: FFNTrace) -> None:
         """Feed the probes of the trace's layer."""
@@ -267,10 +300,11 @@ class Observation:
             for probe in probes.values():
                 probe.update(part)
 
-    def check_calls(self, observer: BlockObserver | FFNObserver) -> None:
+    def check_calls(self, observer: Observer) -> None:
         """Raise UserError when the block did not run once a batch."""
         if observer.calls != len(self.batches):
-            what = "FFN" if isinstance(observer, FFNObserver) else "MoE block"
+            kinds = {FFNObserver: "FFN", BlockObserver: "MoE block", AttentionObserver: "attention"}
+            what = kinds[type(observer)]
             raise UserError(
                 f"model, layer {observer.layer}: its {what} ran {observer.calls} times in {len(self.batches)} "
                 "forward passes, so it cannot be observed. Use a stock class of transformers."
@@ -278,8 +312,11 @@ class Observation:
 
     def finish(self, layer: int) -> Results:
         """Return the results of a layer's probes and forget them; UserError when they are not finite."""
-        probes = self._dense_probes.pop(layer) if layer in self._dense_probes else self._probes.pop(layer)
-        results = {(name, layer): probe.result() for name, probe in probes.items()}
+        results: Results = {}
+        every = (self._dense_probes, self._probes, self._layer_probes)
+        for kind in every:
+            for name, probe in kind.pop(layer, {}).items():  # type: ignore[attr-defined]
+                results[name, layer] = probe.result()
         for (name, _), result in results.items():
             for key, array in result.items():
                 if not np.isfinite(array).all():

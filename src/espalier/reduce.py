@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from espalier.errors import UserError
-from espalier.probes import DENSE_PROBES, PROBES
+from espalier.probes import DENSE_PROBES, LAYER_PROBES, PROBES
 from espalier.stats import Stats
 
 
@@ -18,7 +18,9 @@ def reduce(parts: Sequence[Stats]) -> Stats:
             raise UserError("statistics: the shards are of different models or probes. Collect them again.")
     tokens = [part.tokens for part in parts]
     arrays = {
-        (probe, layer): (PROBES | DENSE_PROBES)[probe].merge([part.arrays[probe, layer] for part in parts], tokens)
+        (probe, layer): (PROBES | DENSE_PROBES | LAYER_PROBES)[probe].merge(
+            [part.arrays[probe, layer] for part in parts], tokens
+        )
         for probe, layer in first.arrays
     }
     sequence_tokens = tuple(number for part in parts for number in part.sequence_tokens)

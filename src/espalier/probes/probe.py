@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from espalier.observe import BlockTrace
+from espalier.observe_attention import AttentionTrace
 from espalier.observe_ffn import FFNTrace
 from espalier.shape import DenseShape, ModelShape
 
@@ -46,6 +47,21 @@ class DenseProbe(Protocol):
     def __init__(self, shape: DenseShape, tokens: int) -> None: ...
 
     def update(self, trace: FFNTrace) -> None: ...
+
+    def result(self) -> Arrays: ...
+
+    @staticmethod
+    def merge(parts: Sequence[Arrays], tokens: Sequence[int]) -> Arrays:
+        """Return the result over all tokens from those over consecutive parts of them, of `tokens` each."""
+        ...
+
+
+class LayerProbe(Protocol):
+    """Sums over the sequences of one decoder layer's attention."""
+
+    def __init__(self) -> None: ...
+
+    def update(self, trace: AttentionTrace) -> None: ...
 
     def result(self) -> Arrays: ...
 
