@@ -91,6 +91,8 @@ def collect_flops(sizes: Sizes, tokens: int, length: int, probes: Set[str]) -> f
     """FLOPs of one calibration pass that feeds `probes`."""
     flops = forward_flops(sizes, tokens, length, head=False)
     gram = gram_tokens(sizes, tokens) if "residual_gram" in probes else 0
+    if "attention_rank" in probes:  # the singular values of each head's map
+        flops += 4.0 * tokens * length**2 * sizes.heads * len(sizes.count.layers)
     every = tokens if "mean_output" in probes else gram
     flops += 2.0 * every * sum((layer.experts - sizes.top_k) * layer.expert for layer in sizes.moe)
     return flops + 2.0 * gram * sum(layer.experts**2 for layer in sizes.moe) * sizes.hidden
@@ -174,7 +176,7 @@ def collect_cost(
     layers = max(len(sizes.moe), 1)
     streamed = streams(sizes, dtype, running, hardware)
     results = kept * (1 + 1 / layers)  # arrays are kept in pieces, which a layer's are joined from
-    scores = replace(sizes, eager=sizes.eager or "token_importance" in probes)  # which looks at attention weights
+    scores = replace(sizes, eager=sizes.eager or bool({"token_importance", "attention_rank"} & set(probes)))  # which looks at attention weights
     working = pass_bytes(scores, batch, length, each) + probe_bytes(sizes, batch, each, probes)
     cost = Cost(
         flops=collect_flops(sizes, tokens, length, probes), read=sizes.disk_bytes, written=kept, kept=kept, disk=kept

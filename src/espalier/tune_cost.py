@@ -54,7 +54,7 @@ def tune_cost(
         return placed(cost, weights + 4 * pass_bytes(sizes, batch, length, each), states, running, hardware)
     working = len(sizes.count.layers) * pass_bytes(sizes, batch, length, each) + batch * sizes.vocabulary * (each + 12)
     passes, trained = 2, 0
-    if tuning.train != "routers":
+    if tuning.train in ("ffn", "all"):
         passes, trained = 3, sizes.loaded
         if tuning.train == "ffn":
             trained = sum(layer.feed_forward for layer in sizes.count.layers)
