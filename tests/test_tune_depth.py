@@ -61,6 +61,10 @@ def tensors(directory):
     return load_file(directory / "model.safetensors")
 
 
+def real_tokens(mask):
+    return torch.ones(12, 16).bool() if mask is None else torch.as_tensor(mask).bool()
+
+
 def kept_share(directory, ids=IDS):
     model = runtime.load(directory)
     with torch.no_grad(), count_depth(model) as counter:
@@ -87,12 +91,16 @@ def test_load_terms_are_what_their_papers_write(mask, routed):
     assert float(gates.load(given, "product", None)) == pytest.approx(product, rel=1e-5)
     assert float(gates.load(given, "excess", 0.4)) == pytest.approx(excess, rel=1e-4)
     assert gates.kept(given) == pytest.approx(sum(shares) / 2)
+    over = sum(shares) / 2 - 0.3
+    lifted = sum(
+        sum(model.model.layers[layer].depth_router.gates[real_tokens(mask)].tolist()) for layer in (1, 3)
+    ) / int(real_tokens(mask).sum())
+    assert float(gates.load(given, "product", 0.3)) == pytest.approx(over * lifted, rel=1e-5)
     assert 0 < min(shares) < 1
     # Only gates have a gradient: F_j is a count.
     router = model.model.layers[3].depth_router
     (slope,) = torch.autograd.grad(gates.load(given, "product", None), router.bias)
-    real = torch.ones(12, 16).bool() if mask is None else torch.as_tensor(mask).bool()
-    g = router.gates[real].double()
+    g = router.gates[real_tokens(mask)].double()
     assert float(slope) == pytest.approx(shares[1] * float((g * (1 - g)).mean()), rel=1e-4)
 
 
@@ -121,13 +129,14 @@ def test_the_predictor_learns_who_is_among_the_largest_and_changes_nothing_else(
 def test_what_is_trained(train, routed, tmp_path):
     start = routed("modification")
     before = tensors(start)
-    _, record = tuned(start, tmp_path / "out", replace(BASE, train=train))
+    _, record = tuned(start, tmp_path / "out", replace(BASE, train=train, norms=train == "lora"))
     after = tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     routers = {name for name in before if ".depth_router." in name}
     linear = {name for name in before if "_proj" in name}
-    expected = {"depth": routers, "lora": routers | linear, "all": set(before)}[train]
+    norms = {name for name in before if "norm" in name}
+    expected = {"depth": routers, "lora": routers | linear | norms, "all": set(before)}[train]
     assert changed == expected
     assert set(record["tensors"]) == expected
     if train == "lora":
@@ -168,6 +177,12 @@ def test_a_budget_is_met(granularity, target, routed, tmp_path):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert {own["threshold"] for own in config["espalier"]["depth"]["layers"].values()} == {facts["threshold"]}
     assert record["curve"][-1]["measured"]["active"] < record["curve"][0]["measured"]["active"]
+    # Another threshold after the training: the tuned checkpoint has what its plan names.
+    shape, rule = Checkpoint(start).any_shape(), build(conf.load("method", "depth_rule") | {"threshold": 1.0})
+    apply(
+        tmp_path / "out", make_plan(rule, Stats.empty(shape), shape, tmp_path / "out"), tmp_path / "after", prove=False
+    )
+    assert set(kept_share(tmp_path / "after").values()) == {0.0}
 
 
 def test_masks_learn_by_straight_through(routed, tmp_path):

@@ -23,7 +23,7 @@ from espalier.running import Running
 from espalier.runtime import load, moe_blocks
 from espalier.teacher import Teacher
 from espalier.train import Step, Trained, Training, TrainingState, interruption, shuffled, train
-from espalier.tune_adapters import Adapters
+from espalier.tune_adapters import Adapters, linear_weights
 from espalier.tune_checkpoint import write_tuned
 from espalier.tune_depth import DepthGates
 from espalier.tune_gates import Controller, Gates, batches_of
@@ -33,7 +33,6 @@ from espalier.tune_names import tuned_names
 from espalier.tune_settings import Tuning
 
 FORMAT = "espalier.tuning/1"
-THRESHOLD_TOKENS = 4096  # of the tuning text, on which the gates' threshold is set
 
 Log = Callable[[Mapping[str, float]], None]
 
@@ -166,11 +165,10 @@ def _end_to_end(
     checkpoint = Checkpoint(source)
     adapters = None
     if tuning.train == "lora":
-        adapted = [name for name in names if ".depth_router." not in name]
-        adapters = Adapters(model, adapted, tuning.rank, tuning.alpha, tuning.seed)
+        linear = [name for name in linear_weights(model) if name in names]
+        adapters = Adapters(model, linear, tuning.rank, tuning.alpha, tuning.seed)
     for name, parameter in model.named_parameters():
-        own = name in names if adapters is None else ".lora_" in name or ".depth_router." in name
-        parameter.requires_grad_(own and parameter.is_floating_point())
+        parameter.requires_grad_(name in names or ".lora_" in name)  # the weights with adapters have other names now
     if checkpoint.is_dense and tuning.entropy:
         raise UserError(
             f"conf/tuning/{tuning.name}.yaml: entropy={tuning.entropy} is for routers of MoE blocks. Use 0."
@@ -234,7 +232,8 @@ def _end_to_end(
     thresholds = gates if gates is not None else depth if tuning.load else None
     if thresholds is None or tuning.target is None:
         return trained, None
-    some = slice(0, max(1, THRESHOLD_TOKENS // ids.shape[1]))
+    count = min(len(ids), max(1, tuning.threshold_tokens // ids.shape[1]))
+    some = torch.linspace(0, len(ids) - 1, count).long()  # of all domains: the text has one after another
     parts = list(batches_of(ids[some], None if mask is None else mask[some], tuning.batch, device))
     return trained, thresholds.set_threshold(model.eval(), parts, tuning.target)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.apply import NOT_COPIED
+from espalier.apply import NOT_COPIED, TENSORS
 from espalier.checkpoint import Checkpoint
 from espalier.dtypes import TORCH_NAMES
 from espalier.partial import check_disk, code_version, resumable_directory
@@ -58,6 +58,9 @@ def write_tuned(
         files = writer.write(directory, None, workers or default_workers(), resume=True)
         for path in beside:
             shutil.copyfile(path, directory / path.name)
+        if (source / TENSORS).exists():  # what plan.json names
+            (directory / TENSORS).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / TENSORS, directory / TENSORS)
         card = directory / CARD
         before = card.read_text().rstrip() if card.exists() else f"# {source.name}, tuned with Espalier"
         card.write_text(f"{before}\n\n{section.strip()}\n")

@@ -45,14 +45,16 @@ class DepthGates:
         """Return the load term over the routed layers; `mask` [B, L] or None.
 
         `product` is sum_j F_j G_j (MoDification, arXiv 2410.14268), with F_j the share of tokens that enter layer j, of
-        no gradient, and G_j their mean gate. `excess` is the mean of max(0, F_j - target), F_j with the gradient of the
-        gates (MindSkip, arXiv 2410.13184).
+        no gradient, and G_j their mean gate. With a target it is sum_j (F - target) G_j instead, F the mean of all F_j:
+        once too few tokens enter it lifts the gates, which the published term never does. `excess` is the mean of
+        max(0, F_j - target), F_j with the gradient of the gates (MindSkip, arXiv 2410.13184).
         """
         terms = []
+        over = None if target is None else self.kept(mask) - target
         for router in self.gated:
             gates, kept = _real(router.gates, mask), _real(router.kept, mask).float()
             if kind == "product":
-                terms.append(kept.mean() * gates.mean())
+                terms.append(gates.mean() * (kept.mean() if over is None else over))
             else:
                 assert target is not None
                 terms.append(functional.relu((kept + gates - gates.detach()).mean() - target) / len(self.gated))

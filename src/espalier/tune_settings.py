@@ -28,7 +28,8 @@ class Tuning:
     end), or `all`. router_rate: highest rate of routers, where it is another. gates: weight of DSMoE's L1 term, load:
     of the term for tokens that enter routed layers, whose form is `load_term`; moved by a controller where `target` is
     given: the fraction of the FFNs' neurons that a token is to run, or of tokens that are to enter, to which the
-    threshold is set in the end. straight_through: whether gates of what does not run have a gradient.
+    threshold is set in the end, on `threshold_tokens` of the tuning text. straight_through: whether gates of what does
+    not run have a gradient.
     tokens: how many are read in all, of `layerwise` for each layer. batch: sequences a micro-batch; a step takes
     `accumulation` of them. warm_up: share of the steps. clip: largest norm of the gradient, or None. bf16: autocast.
 
@@ -56,6 +57,7 @@ class Tuning:
     gates: float = 0.0
     target: float | None = None
     straight_through: bool = True
+    threshold_tokens: int = 8192
     load: float = 0.0
     load_term: str = "product"
     rank: int = 8
@@ -109,6 +111,7 @@ class Tuning:
             ("seed", 0),
             ("rank", 1),
             ("alpha", 1),
+            ("threshold_tokens", 1),
         ):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
