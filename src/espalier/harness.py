@@ -15,6 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from espalier.depth_count import depth_routers
+
 Tokens = tuple[int, ...]
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, context ids, continuation ids
 Answer = tuple[float, bool]  # log-likelihood in nats, whether greedy decoding gives the continuation
@@ -53,8 +55,19 @@ class ChoiceLM(HFLM):  # type: ignore[misc]
 class SharedContextLM(ChoiceLM):
     """Runs equal requests once and each context once for its continuations.
 
-    `batch_size` counts sequences: choices, not items.
+    `batch_size` counts sequences: choices, not items. A model that ranks the tokens of a sequence (MoD) gets each
+    sequence whole, alone and without padding, which would be ranked too.
     """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self._ranks = any(router.rule == "top_k" for router in depth_routers(model).values())
+        super().__init__(model, tokenizer, 1 if self._ranks else batch_size, progress)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
@@ -82,7 +95,8 @@ class SharedContextLM(ChoiceLM):
     def _worth_sharing(self, context: Tokens, continuations: dict[Tokens, Request]) -> bool:
         longest = max(map(len, continuations))
         return (
-            len(continuations) > 1
+            not self._ranks
+            and len(continuations) > 1
             and len(context) >= SHORTEST_SHARED
             and longest > 1  # lm-eval itself shares the logits of one-token continuations
             and len(context) + longest - 1 <= self.max_length
