@@ -11,15 +11,15 @@ README = "results"  # the experiment whose head the README shows
 SHOWN = re.compile(r"^\| *(method|-+|full|(?!.*(25 %|=)).*) *\|")
 
 
-def main(refs: Path) -> None:
-    """Publish the table that `refs` (results/refs/EXPERIMENT) links to."""
+def main(refs: Path, *overrides: str) -> None:
+    """Publish the table that `refs` (results/refs/EXPERIMENT) links to; `overrides` are what `run` was given."""
     text = (refs / "table.md").read_text()
     document = json.loads((refs / "table.json").read_text())
     runs = document["runs"]
     commits = sorted({str(run["commit"])[:12] + (" (with changes)" if run["dirty"] else "") for run in runs})
     record = json.loads((refs / "table.json").resolve().with_suffix(".run.json").read_text())
     name = refs.name
-    command = "make results" if name == README else f"espalier run {name}"
+    command = "make results" if name == README else " ".join(["espalier run", name, *overrides])
     made = (
         f"Made by `{command}` at commit {', '.join(commits)} on {record['device']}, "
         f"{record['start'][:10]}; torch {record['versions']['torch']}, transformers "
@@ -46,4 +46,4 @@ def replace(path: Path, name: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

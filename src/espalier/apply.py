@@ -84,7 +84,7 @@ def apply(
             shutil.copyfile(path, directory / path.name)
         (directory / "config.json").write_text(json.dumps(rewrite.config, indent=2, sort_keys=True) + "\n")
         whole.save(directory / "plan.json", TENSORS)
-        (directory / "README.md").write_text(card_text(source, whole, card or {}, shipped))
+        (directory / "README.md").write_text(card_text(source, whole, card or {}, sorted(rewrite.code)))
         for name, text in rewrite.code.items():
             (directory / name).write_text(text)
         written = writer.check(directory).parameters

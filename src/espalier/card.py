@@ -1,5 +1,6 @@
 """The model card (README.md) of a written checkpoint; imports no torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from espalier.plan import Plan
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
-def card_text(source: Path, plan: Plan, facts: dict[str, Any], shipped_code: bool) -> str:
+def card_text(source: Path, plan: Plan, facts: dict[str, Any], shipped_code: Sequence[str]) -> str:
     """Return the card as Markdown with YAML front matter.
 
     `plan` is the whole plan from the base model on, with `model` and `counts`. `facts` may hold `calibration`,
@@ -46,12 +47,12 @@ def card_text(source: Path, plan: Plan, facts: dict[str, Any], shipped_code: boo
     )
 
 
-def _loading(shipped_code: bool) -> str:
+def _loading(shipped_code: Sequence[str]) -> str:
     if shipped_code:
         return (
             "transformers with `AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)`: the\n"
-            "directory carries its modelling code, `modeling_espalier.py`, which needs torch and transformers only.\n"
-            "Without `trust_remote_code=True` the stock class refuses the tensors, or loads them and skips no expert.\n"
+            f"directory carries its modelling code, `{'`, `'.join(shipped_code)}`: torch and transformers are needed.\n"
+            "Without `trust_remote_code=True` the stock class refuses the tensors, or loads them and skips nothing.\n"
             "vLLM, SGLang and llama.cpp do not know this layout."
         )
     return (

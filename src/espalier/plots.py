@@ -103,7 +103,7 @@ def quality(summary: Sequence[Document], baseline: str | None) -> Figure | None:
 
 def _quality_panel(axes: Any, key: str, families: Mapping[str, list[Document]], full: Document | None) -> None:
     drawn = [line for lines in families.values() for line in lines] + ([full] if full else [])
-    count = "active" if any("ffn" in line for line in drawn) else "unique"
+    count = "active" if any("ffn" in line or "entered" in line for line in drawn) else "unique"
     counts = [line[count] / 1e6 for line in drawn]
     width = max(counts) - min(counts) or 0.1 * max(counts)
     step = 0.08 * width / max(1, len(families))
