@@ -6,14 +6,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dense_models import save_dense
+from depth_plans import depth_plan
+from espalier import runtime
+from espalier.apply import apply
 from espalier.checkpoint import Checkpoint
-from espalier.collect import collect_checkpoint
+from espalier.collect import collect, collect_checkpoint
 from espalier.errors import UserError
 from espalier.observe_attention import AttentionTrace
+from espalier.plan import Plan
 from espalier.probes import DENSE_PROBES, LAYER_PROBES
 from espalier.probes.attention_rank import AttentionRank
 from espalier.reduce import reduce
 from espalier.running import Running
+from espalier.stream import StreamedModel
 from tiny import VOCABULARY
 
 IDS = np.random.default_rng(0).integers(3, VOCABULARY - 1, (5, 12))
@@ -91,6 +96,59 @@ def test_beside_other_probes(model_of):
                 np.testing.assert_allclose(both.arrays[key][name], array, rtol=1e-4, atol=1e-5)
     moe = collected(model_of("mixtral"), ("usage", "attention_rank"), stream="always")
     assert {layer for probe, layer in moe.arrays if probe == "attention_rank"} == {0, 1, 2}
+
+
+def test_a_killed_pass_goes_on_beyond_layers_without_experts(model_of, tmp_path, monkeypatch):
+    probes, read = ("usage", "attention_rank"), StreamedModel._read_layer
+    directory = model_of("qwen2_moe")  # layer 1 holds no experts
+    collected(directory, probes, stream="always").save(tmp_path / "whole")
+
+    def killed(self, index):
+        if index == 2:
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    def goes_on():
+        streamed = running(stream="always")
+        return collect_checkpoint(directory, "float32", streamed, IDS, MASK, probes, state=tmp_path / "state")
+
+    monkeypatch.setattr(StreamedModel, "_read_layer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        goes_on()
+    seen = []
+    monkeypatch.setattr(StreamedModel, "_read_layer", lambda self, index: seen.append(index) or read(self, index))
+    found = goes_on()
+    found.save(tmp_path / "found")
+    assert seen == [2]
+    assert {layer for probe, layer in found.arrays if probe == "usage"} == {0, 2}
+    assert {layer for probe, layer in found.arrays if probe == "attention_rank"} == {0, 1, 2}
+    assert (tmp_path / "found").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_the_model_is_left_as_it_was(model_of):
+    directory = model_of("mixtral")
+    checkpoint, model = Checkpoint(directory), runtime.load(directory)
+    before = model.config._attn_implementation
+    assert before != "eager"
+    probes = ("token_importance", "attention_rank")  # both ask for eager attention
+    collect(model, checkpoint.shape(), checkpoint.family, IDS, MASK, probes)
+    assert model.config._attn_implementation == before
+    for layer in runtime.decoder(model).layers:
+        assert not layer.self_attn._forward_hooks
+
+
+@pytest.mark.parametrize("kind", ["top_k", "top_k_attention", "drop", "threshold_ffn"])
+def test_layers_that_tokens_skip(kind, model_of, tmp_path):
+    shape = Checkpoint(model_of("llama")).any_shape()
+    own = depth_plan(kind, shape, [1])
+    other = depth_plan("threshold_ffn", shape, [2])  # without any a stock model is left
+    plan = Plan({"name": "both"}, {**own.layers, **other.layers}, tensors={**own.tensors, **other.tensors})
+    apply(model_of("llama"), plan, tmp_path / "out", prove=False)
+    if kind == "threshold_ffn":
+        assert collected(tmp_path / "out").arrays["attention_rank", 1]["sequences"].tolist() == [5]
+    else:
+        with pytest.raises(UserError, match="layer 1: tokens skip its attention"):
+            collected(tmp_path / "out")
 
 
 def test_only_layers_with_softmax_attention(model_of):

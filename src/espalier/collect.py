@@ -238,7 +238,8 @@ class Observation:
         self._layer_probes: dict[int, dict[str, LayerProbe]] = {}
         decoder_shape = shape.decoder
         if self._layer_names and (decoder_shape is None or not decoder_shape.attends or decoder_shape.refused):
-            raise UserError(f"probe {self._layer_names[0]} needs softmax attention, which {shape.family} has not.")
+            name = self._layer_names[0]
+            raise UserError(f"probe {name} needs softmax attention over whole sequences, which {shape.family} has not.")
         self._attends = decoder_shape.attends if self._layer_names and decoder_shape is not None else ()
 
     @property

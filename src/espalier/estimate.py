@@ -176,7 +176,8 @@ def collect_cost(
     layers = max(len(sizes.moe), 1)
     streamed = streams(sizes, dtype, running, hardware)
     results = kept * (1 + 1 / layers)  # arrays are kept in pieces, which a layer's are joined from
-    scores = replace(sizes, eager=sizes.eager or bool({"token_importance", "attention_rank"} & set(probes)))  # which looks at attention weights
+    weighs = bool({"token_importance", "attention_rank"} & set(probes))  # they look at attention weights
+    scores = replace(sizes, eager=sizes.eager or weighs)
     working = pass_bytes(scores, batch, length, each) + probe_bytes(sizes, batch, each, probes)
     cost = Cost(
         flops=collect_flops(sizes, tokens, length, probes), read=sizes.disk_bytes, written=kept, kept=kept, disk=kept

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from espalier.errors import UserError
+from espalier.routed_depth import ROUTER
 from espalier.runtime import decoder
 
 
@@ -53,13 +54,19 @@ def observe_attention(
 ) -> Iterator[list[AttentionObserver]]:
     """Observe the `attention` of `layers` for the duration of the context; call every `expect` before a forward pass.
 
-    The model then computes attention the plain way (`eager`), which differs by rounding.
+    The model then computes attention the plain way (`eager`), which differs by rounding. UserError for a layer that
+    tokens skip, or that was dropped: maps of some of the tokens say nothing of the layer.
     """
     with contextlib.ExitStack() as undo:
         observers = []
         for layer in layers:
-            observer = AttentionObserver(layer, consume)
-            module = getattr(decoder(model).layers[layer], attention)
+            observer, part = AttentionObserver(layer, consume), decoder(model).layers[layer]
+            module = getattr(part, attention, None)
+            if module is None or any(hasattr(place, ROUTER) for place in (part, module)):
+                raise UserError(
+                    f"model, layer {layer}: tokens skip its attention, so it cannot be observed. Collect from the "
+                    "model whose layers all tokens enter."
+                )
             undo.callback(module.register_forward_hook(observer.hook).remove)
             observers.append(observer)
         config = decoder(model).config

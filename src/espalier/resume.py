@@ -67,7 +67,7 @@ class CollectState:
         return self.folder / f"layer-{layer}.safetensors"
 
     def save(self, layer: int, stats: Stats | None, states: Activations, returns_tuple: bool) -> None:
-        """Remember that `layer` is finished; `stats` are its own, None for a layer without a MoE block."""
+        """Remember that `layer` is finished; `stats` are its own, None for a layer of which none are asked."""
         if stats is not None:
             stats.save(self._stats(layer))
         states.save(self._activations, {"layers": str(layer + 1), "returns_tuple": json.dumps(returns_tuple)})
@@ -77,5 +77,5 @@ class CollectState:
         states.load(self._activations)
 
     def stats(self, layer: int) -> Stats:
-        """Return the statistics of a finished layer with a MoE block."""
+        """Return the statistics of a finished layer that has some."""
         return Stats.load(self._stats(layer))
