@@ -1,6 +1,6 @@
 """What a method may know of a model: counts and sizes, no weights, no tensor names; imports no torch."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from espalier.decoder_shape import DecoderShape
@@ -39,7 +39,7 @@ class ModelShape:
     router: str = "softmax"
     idle_parameters: int = 0
     neuron_parameters: int = 0
-    decoder: DecoderShape | None = None
+    decoder: DecoderShape | None = field(default=None, compare=False)  # not in statistics, which are compared
 
     @property
     def always_active_parameters(self) -> int:
@@ -84,7 +84,7 @@ class DenseShape:
     total_parameters: int
     pairs: int = 0  # h / 2; 0: not known
     pair_parameters: int = 0
-    decoder: DecoderShape | None = None
+    decoder: DecoderShape | None = field(default=None, compare=False)  # not in statistics, which are compared
 
     def document(self) -> dict[str, Any]:
         """Return the sizes as JSON, without those of `decoder`, which no statistic needs."""
