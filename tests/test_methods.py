@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from espalier.errors import UserError
-from espalier.methods import build, is_for_dense
+from espalier.methods import build, is_for_dense, is_for_depth
 from espalier.methods.ranking import keep_best
 from espalier.operations import Constant, Keep, Merge, Narrow, Skip
 from espalier.plan import Plan
@@ -17,7 +17,11 @@ from stats_factory import Block, PlainExperts, make_blocks, make_shape, observe,
 
 FILES = sorted((Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 EVERY = {path.stem: config for path in FILES if "_target_" in (config := yaml.safe_load(path.read_text()))}
-CONFIGS = {name: config for name, config in EVERY.items() if not is_for_dense(build(config))}
+CONFIGS = {
+    name: config
+    for name, config in EVERY.items()
+    if not is_for_dense(method := build(config)) and not is_for_depth(method)
+}
 DRAWN = [name for name, config in CONFIGS.items() if "seed" in config and name != "diep"]  # whose seed is its fit's
 SIZED = [name for name, config in CONFIGS.items() if "ratio" in config]
 WHOLE = [name for name in SIZED if name not in ("mone", "camera_p")]  # remove experts, router rows or both
