@@ -79,11 +79,6 @@ def test_cached_decoding_equals_the_full_forward(family, kind, routed):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def by_itself(model, ids):
-    """Return the logits of each sequence alone, in a list."""
-    return [logits(model, ids=row[None])[0] for row in ids]
-
-
 def padded(rows, side="left"):
     """Return ids and mask [B, L] of sequences of unequal length."""
     length = max(map(len, rows))
@@ -136,17 +131,24 @@ def test_both_ways_to_compute_agree_and_so_do_their_gradients(family, kind, rout
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max() + 1))
 
 
-def test_a_gate_that_lets_nothing_in_learns_by_straight_through_only(routed):
-    model = load(routed("llama", "mask")[0])
+@pytest.mark.parametrize("kind", ["mask", "mask_attention", "threshold", "threshold_ffn", "all_keys"])
+def test_gates_of_tokens_that_do_not_enter_learn_by_straight_through_only(kind, routed):
+    model = load(routed("llama", kind)[0])
     routers = [module.depth_router for module in model.modules() if hasattr(module, "depth_router")]
+    values = []
     for through in (False, True):
         for router in routers:
-            router.straight_through = through
+            router.straight_through, router.threshold = through, 1.0  # nothing enters
         model.zero_grad()
         output = model(input_ids=IDS, use_cache=False).logits
         output.square().sum().backward()
-        assert all((router.weight.grad is not None) == through for router in routers)
-    assert all(float(router.weight.grad.abs().max()) > 0 for router in routers)
+        values.append(output.detach())
+        slopes = [0.0 if router.weight.grad is None else float(router.weight.grad.abs().max()) for router in routers]
+        if kind in ("mask", "mask_attention") or not through:
+            assert all((slope > 0) == through for slope in slopes)
+        else:  # the gate itself multiplies what a token that does not enter would get
+            assert all(slope > 0 for slope in slopes)
+    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -68,7 +68,7 @@ class DepthRouter(nn.Module):
         self.kept = kept
         factor = self.gates if self.weights == "gate" else None
         if self.straight_through and self.gates is not None:
-            passed = kept.float() + self.gates - self.gates.detach()
+            passed = kept.float() + (self.gates - self.gates.detach())  # kept, with the gradient of the gate
             factor = passed if factor is None else passed * factor
         return kept, factor
 
@@ -181,11 +181,11 @@ class Routed:
             found: Tensor = output[0] if isinstance(output, tuple) else output
             return found
 
-        if place.whole and place.keeps_all:
-            place.kept, place.factor = kept, kept.float() * (1.0 if factor is None else factor)
-            place.rows = kept.flatten().nonzero()[:, 0]
-            return torch.where(kept[..., None], stock(states), states)
         masked = self.backend == "masked" or (self.backend == "auto" and self.depth_router.straight_through)
+        if place.keeps_all:
+            place.kept, place.factor = (None if masked else kept), self._hiding(kept, factor)
+            place.rows = None if masked else kept.flatten().nonzero()[:, 0]
+            return self._past(stock(states), states, kept)
         if masked:
             if cache is not None:
                 raise ValueError("The masked way of a routed layer takes no cache: use_cache=False, or compact.")
@@ -223,7 +223,7 @@ class Routed:
 
     def _masked(self, stock: Any, states: Tensor, kept: Tensor, factor: Tensor | None) -> Tensor:
         place = self._depth
-        place.factor = kept.float() * (1.0 if factor is None else factor)
+        place.factor = self._hiding(kept, factor)
         changed = {}
         if place.attends:
             at = torch.arange(states.shape[1], device=states.device)
@@ -232,13 +232,24 @@ class Routed:
                 seen = seen & (at[:, None] - at < place.window)
             changed = {MASK: place.stock_mask(seen[:, None], states.dtype)}
         found: Tensor = stock(states, **changed)
-        if place.whole:  # of a family whose residual path is scaled (MiniMax) this is not yet so
-            missed = states
-            if self.depth_router.straight_through:  # the value is the state's, the gradient that of entering
-                given = found - states
-                missed = states + (given - given.detach())
-            found = torch.where(kept[..., None], found, missed)
-        return found
+        return self._past(found, states, kept) if place.whole else found
+
+    def _hiding(self, kept: Tensor, factor: Tensor | None) -> Tensor:
+        """Return `factor` [B, L] with 0 for tokens that do not enter; straight-through ones have that already."""
+        if factor is not None and self.depth_router.straight_through:
+            return factor
+        return kept.float() * (1.0 if factor is None else factor)
+
+    def _past(self, found: Tensor, states: Tensor, kept: Tensor) -> Tensor:
+        """Return a layer's output [B, L, D] of all tokens, with the state of those that do not enter as it was.
+
+        It is so by the factor alone but where a family scales its residual path (MiniMax).
+        """
+        missed = states
+        if self.depth_router.straight_through:  # the value is the state's, the gradient that of entering
+            given = found - states
+            missed = states + (given - given.detach())
+        return torch.where(kept[..., None], found, missed)
 
     def _mask(self, pack: Pack, layer: RaggedLayer | None, dtype: torch.dtype) -> Tensor | None:
         """Return the stock attention's mask for the tokens of `pack`."""
@@ -255,7 +266,7 @@ class Routed:
 
 
 class FollowingFFN:
-    """Mixed into the class of an FFN whose layer has decided which tokens enter, and whose attention all tokens run."""
+    """Mixed into the class of an FFN whose layer decides which tokens enter, and whose attention all tokens run."""
 
     _depth: "Place"
 
@@ -267,8 +278,8 @@ class FollowingFFN:
             found: Tensor = output[0] if isinstance(output, tuple) else output
             return found
 
-        assert self._depth.kept is not None
-        found = compact_ffn(stock, states, self._depth.kept)
+        kept = self._depth.kept
+        found = stock(states) if kept is None else compact_ffn(stock, states, kept)
         return (found, None) if self._depth.ffn_pair else found
 
 
