@@ -154,11 +154,8 @@ def _fewer_layers(checkpoint: Checkpoint, base: Rewrite, dropped: list[int]) -> 
         shards.append(shard)
     fates = base.fates | {"copied": base.fates["copied"] - gone, "dropped": gone, "written": sum(map(len, shards))}
     config = base.config | {"num_hidden_layers": len(kept)}
-    for key, value in config.items():
-        if isinstance(value, list) and len(value) == count and key == "layer_types":
-            config[key] = [value[layer] for layer in kept]
-    if config.get("max_window_layers") is not None and "layer_types" in config:
-        config["max_window_layers"] = min(int(config["max_window_layers"]), len(kept))
+    if config.get("layer_types") is not None:
+        config["layer_types"] = [config["layer_types"][layer] for layer in kept]
     return Rewrite(shards, fates, config, base.code)
 
 

@@ -26,7 +26,11 @@ SHORTEST_SHARED = 8  # tokens; below, a second forward pass costs more than the 
 
 
 class ChoiceLM(HFLM):  # type: ignore[misc]
-    """HFLM around a model that is there already, for one process, silent but for `progress`."""
+    """HFLM around a model that is there already, for one process, silent but for `progress`.
+
+    `ranks`: the model ranks the tokens of a sequence (MoD). It gets each sequence whole, alone and without padding,
+    which would be ranked too.
+    """
 
     def __init__(
         self,
@@ -35,11 +39,13 @@ class ChoiceLM(HFLM):  # type: ignore[misc]
         batch_size: int,
         progress: Progress | None = None,
     ) -> None:
+        self.ranks = any(router.rule == "top_k" for router in depth_routers(model).values())
+        size = 1 if self.ranks else batch_size
         logger = logging.getLogger("lm_eval")
         level = logger.level
         logger.setLevel(logging.ERROR)  # it warns that a loaded model is passed, which is what we want
         try:
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=size, softmax_dtype="float32")
         finally:
             logger.setLevel(level)
         self.progress = progress
@@ -55,19 +61,8 @@ class ChoiceLM(HFLM):  # type: ignore[misc]
 class SharedContextLM(ChoiceLM):
     """Runs equal requests once and each context once for its continuations.
 
-    `batch_size` counts sequences: choices, not items. A model that ranks the tokens of a sequence (MoD) gets each
-    sequence whole, alone and without padding, which would be ranked too.
+    `batch_size` counts sequences: choices, not items.
     """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        progress: Progress | None = None,
-    ) -> None:
-        self._ranks = any(router.rule == "top_k" for router in depth_routers(model).values())
-        super().__init__(model, tokenizer, 1 if self._ranks else batch_size, progress)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
@@ -95,7 +90,7 @@ class SharedContextLM(ChoiceLM):
     def _worth_sharing(self, context: Tokens, continuations: dict[Tokens, Request]) -> bool:
         longest = max(map(len, continuations))
         return (
-            not self._ranks
+            not self.ranks
             and len(continuations) > 1
             and len(context) >= SHORTEST_SHARED
             and longest > 1  # lm-eval itself shares the logits of one-token continuations

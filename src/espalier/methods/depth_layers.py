@@ -6,7 +6,8 @@ lowest ARank (gamma-MoD, Luo et al., ICLR 2025, arXiv 2410.13859): the mean rank
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,39 @@ Shape = ModelShape | DenseShape
 Layers = str | tuple[int, ...]
 CHOICES = ("interleave", "last", "arank")
 PROBE = "attention_rank"
+
+
+@dataclass(frozen=True)
+class RoutedLayers:
+    """The keys of a method by which tokens skip `layers`, `count` of them where they are ranked, or parts of them."""
+
+    layers: Any = "interleave"
+    count: int | None = None
+    granularity: str = "block"
+    depth: ClassVar[bool] = True
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", check_keys(self.name, self.layers, self.count, self.granularity))
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """The statistics that the choice looks at."""
+        return (PROBE,) if self.layers == "arank" else ()
+
+    def check(self, shape: Shape, tokens: int) -> None:
+        """Raise UserError for layers that the model has not."""
+        check_layers(self.name, self.layers, self.count, self.granularity, shape)
+
+    def routed(
+        self, shape: Shape, stats: Stats, make: Callable[[int], tuple[Depth, Mapping[str, NDArray[Any]]]]
+    ) -> Plan:
+        """Return the plan that does to each chosen layer what `make` says of it.
+
+        `make` gives the operation, with roles for the names of its tensors, and these tensors by role.
+        """
+        layers = chosen_layers(self.name, self.layers, self.count, self.granularity, shape, stats)
+        return route({"name": self.name} | asdict(self), layers, make, stats)
 
 
 def check_keys(method: str, layers: Any, count: Any, granularity: Any) -> Layers:
@@ -48,11 +82,6 @@ def check_keys(method: str, layers: Any, count: Any, granularity: Any) -> Layers
     if count is not None:
         raise UserError(f"{where}: count={count} is of layers=last and arank; layers lists {len(found)} itself.")
     return found
-
-
-def probes_for(layers: Layers) -> tuple[str, ...]:
-    """Return the statistics that the choice looks at."""
-    return (PROBE,) if layers == "arank" else ()
 
 
 def check_layers(method: str, layers: Layers, count: int | None, granularity: str, shape: Shape) -> None:
@@ -101,10 +130,7 @@ def route(
     make: Callable[[int], tuple[Depth, Mapping[str, NDArray[Any]]]],
     stats: Stats,
 ) -> Plan:
-    """Return the plan of a method (`named`: its name and keys) that does to each layer what `make` says of it.
-
-    `make` gives the operation, with roles for the names of its tensors, and these tensors by role.
-    """
+    """Return the plan of a method, `named` by its name and keys, that does to each layer what `make` says of it."""
     found: dict[int, tuple[Depth, ...]] = {}
     tensors: dict[str, PlanTensor] = {}
     evidence: dict[int, dict[str, Any]] = {}

@@ -4,35 +4,25 @@ A dense model that only loses whole layers is a stock model with fewer layers. A
 2406.15786), who choose layers by similarity of input and output; here the choices are those of routed layers.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from espalier.depth import Depth
 from espalier.errors import UserError
-from espalier.methods.depth_layers import Shape, check_keys, check_layers, chosen_layers, probes_for, route
+from espalier.methods.depth_layers import RoutedLayers, Shape
 from espalier.plan import Plan
 from espalier.stats import Stats
 
 
 @dataclass(frozen=True)
-class LayerDrop:
+class LayerDrop(RoutedLayers):
     """Drop `layers`."""
 
-    layers: Any = "interleave"
-    count: int | None = None
-    granularity: str = "block"
-    depth: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", check_keys("layer_drop", self.layers, self.count, self.granularity))
-
-    @property
-    def probes(self) -> tuple[str, ...]:
-        return probes_for(self.layers)
+    name: ClassVar[str] = "layer_drop"
 
     def check(self, shape: Shape, tokens: int) -> None:
         """Raise UserError for layers that the model has not, or when none would be left."""
-        check_layers("layer_drop", self.layers, self.count, self.granularity, shape)
+        super().check(shape, tokens)
         assert shape.decoder is not None
         given = len(self.layers) if isinstance(self.layers, tuple) else (self.count or 0)
         if self.granularity == "block" and given >= shape.decoder.layers:
@@ -41,5 +31,4 @@ class LayerDrop:
     def plan(self, stats: Stats, shape: Shape) -> Plan:
         self.check(shape, 0)
         operation = Depth("drop", self.granularity, "mask")
-        layers = chosen_layers("layer_drop", self.layers, self.count, self.granularity, shape, stats)
-        return route({"name": "layer_drop"} | asdict(self), layers, lambda layer: (operation, {}), stats)
+        return self.routed(shape, stats, lambda layer: (operation, {}))

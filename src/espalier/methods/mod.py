@@ -8,48 +8,37 @@ sampled, by this rule. Sampling asks a predictor, a small network that learns to
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from espalier.depth import WEIGHTS, Depth
-from espalier.methods.depth_layers import Shape, check_keys, check_layers, chosen_layers, probes_for, route
+from espalier.methods.depth_layers import RoutedLayers, Shape
 from espalier.methods.options import number, one_of, whole_number
 from espalier.plan import Plan
 from espalier.stats import Stats
 
 
 @dataclass(frozen=True)
-class Mod:
+class Mod(RoutedLayers):
     """Route `layers` by rank, with gates and predictors that are not trained yet."""
 
     capacity: float = 0.125
-    layers: Any = "interleave"
-    count: int | None = None
-    granularity: str = "block"
     weights: str = "gate"
     init_bias: float = 4.0
     predictor: int = 64
     seed: int = 0
-    depth: ClassVar[bool] = True
+    name: ClassVar[str] = "mod"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", check_keys("mod", self.layers, self.count, self.granularity))
+        super().__post_init__()
         one_of("mod", "weights", self.weights, WEIGHTS)
         number("mod", "capacity", self.capacity, 0.001, 1)
         number("mod", "init_bias", self.init_bias, -100, 100)
         whole_number("mod", "predictor", self.predictor, 1)
         whole_number("mod", "seed", self.seed, 0)
-
-    @property
-    def probes(self) -> tuple[str, ...]:
-        return probes_for(self.layers)
-
-    def check(self, shape: Shape, tokens: int) -> None:
-        """Raise UserError for layers that the model has not."""
-        check_layers("mod", self.layers, self.count, self.granularity, shape)
 
     def plan(self, stats: Stats, shape: Shape) -> Plan:
         roles = ("weight", "bias", "first", "second", "offset")
@@ -70,5 +59,4 @@ class Mod:
             second = rng.normal(0, self.predictor**-0.5, self.predictor)
             return operation, gate | {"first": first, "second": second, "offset": np.zeros(1)}
 
-        layers = chosen_layers("mod", self.layers, self.count, self.granularity, shape, stats)
-        return route({"name": "mod"} | asdict(self), layers, make, stats)
+        return self.routed(shape, stats, make)

@@ -11,7 +11,7 @@ re-implementation) scales each routed layer by a half at first. granularity=atte
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from espalier.depth import CACHES, WEIGHTS, Depth
 from espalier.errors import UserError
-from espalier.methods.depth_layers import Shape, check_keys, check_layers, chosen_layers, probes_for, route
+from espalier.methods.depth_layers import RoutedLayers, Shape
 from espalier.methods.options import number, one_of
 from espalier.plan import Plan
 from espalier.stats import Stats
@@ -28,34 +28,23 @@ WHERE = "conf/method/modification.yaml"
 
 
 @dataclass(frozen=True)
-class Modification:
+class Modification(RoutedLayers):
     """Route `layers` by a threshold, with gates that are not trained yet."""
 
-    layers: Any = "interleave"
-    count: int | None = None
-    granularity: str = "block"
     threshold: float = 0.5
     weights: str = "gate"
     cache: str = "kept"
     init_bias: float = 4.0
-    depth: ClassVar[bool] = True
+    name: ClassVar[str] = "modification"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", check_keys("modification", self.layers, self.count, self.granularity))
+        super().__post_init__()
         one_of("modification", "weights", self.weights, WEIGHTS)
         one_of("modification", "cache", self.cache, CACHES)
         if self.cache == "all" and self.granularity != "block":
             raise UserError(f"{WHERE}: cache=all is of granularity=block; without an FFN to save it saves nothing.")
         number("modification", "threshold", self.threshold, 0, 1)
         number("modification", "init_bias", self.init_bias, -100, 100)
-
-    @property
-    def probes(self) -> tuple[str, ...]:
-        return probes_for(self.layers)
-
-    def check(self, shape: Shape, tokens: int) -> None:
-        """Raise UserError for layers that the model has not."""
-        check_layers("modification", self.layers, self.count, self.granularity, shape)
 
     def plan(self, stats: Stats, shape: Shape) -> Plan:
         gate = gate_tensors(shape.hidden, self.init_bias)
@@ -67,8 +56,7 @@ class Modification:
             threshold=self.threshold,
             tensors_of=dict.fromkeys(gate, ""),
         )
-        layers = chosen_layers("modification", self.layers, self.count, self.granularity, shape, stats)
-        return route({"name": "modification"} | asdict(self), layers, lambda layer: (operation, gate), stats)
+        return self.routed(shape, stats, lambda layer: (operation, gate))
 
 
 def gate_tensors(hidden: int, bias: float) -> Mapping[str, NDArray[Any]]:
