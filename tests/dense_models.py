@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from espalier.live_split import change_layer
 from espalier.plan import Plan
 from espalier.plan_tensors import PlanTensor
 from espalier.split import Split
@@ -95,3 +96,9 @@ def split_plan(split: Split, layers: int = LAYERS, seed: int = 0) -> Plan:
             tensors[neurons] = PlanTensor.of(rng.permutation(WIDTH)[: own.width])
         operations[layer] = (own,)
     return Plan({"name": "example"}, operations, tensors=tensors)
+
+
+def live_split(model: Any, plan: Plan, family: Any) -> None:
+    """Change a loaded dense model in memory to do what `plan` says."""
+    for layer, operations in plan.layers.items():
+        change_layer(model.model.layers[layer], operations, family, plan.tensors, model.config)

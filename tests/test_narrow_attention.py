@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dense_models import EVEN, FAMILIES, HIDDEN, LAYERS, LINEAR, WIDTH, made_once, split_plan
+from dense_models import EVEN, FAMILIES, HIDDEN, LAYERS, LINEAR, WIDTH, live_split, made_once, split_plan
 from espalier import runtime
 from espalier.apply import apply
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.live_split import live_split
 from espalier.narrow_attention import ROLES, NarrowAttention, dimensions_of
 from espalier.plan import Plan
 from espalier.plan_tensors import PlanTensor

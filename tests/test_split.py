@@ -7,12 +7,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dense_models import EVEN, FAMILIES, KINDS, LAYERS, LINEAR, STOCK, WIDTH, made_once, save_dense, split_plan
+from dense_models import (
+    EVEN,
+    FAMILIES,
+    KINDS,
+    LAYERS,
+    LINEAR,
+    STOCK,
+    WIDTH,
+    live_split,
+    made_once,
+    save_dense,
+    split_plan,
+)
 from espalier import dense_families, runtime
 from espalier.apply import apply
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.live_split import LiveSplit, live_split
+from espalier.live_split import LiveSplit
 from espalier.operations import Keep
 from espalier.plan import Plan
 from espalier.prove import LENGTH, ROWS, prove

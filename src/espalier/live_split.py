@@ -17,21 +17,12 @@ from torch import Tensor
 from espalier.dense_families import DenseFamily
 from espalier.narrow_attention import NarrowAttention
 from espalier.operations import Operation
-from espalier.plan import Plan
 from espalier.plan_tensors import PlanTensor
 from espalier.split import Split
 
 # Where so small a relative change of a token's input changes what it runs, rounding decides. Each draw changes only
 # about half of the choices that hang on it.
 NUDGE, DRAWS = 1e-5, 8
-
-
-def live_split(model: Any, plan: Plan, family: DenseFamily) -> "list[LiveSplit | LiveValues]":
-    """Change a loaded dense model in memory to do what `plan` says, and return what chooses by token now."""
-    lives: list[LiveSplit | LiveValues] = []
-    for layer, operations in plan.layers.items():
-        lives += change_layer(model.model.layers[layer], operations, family, plan.tensors, model.config)
-    return lives
 
 
 def change_layer(
