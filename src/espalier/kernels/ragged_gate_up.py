@@ -2,11 +2,12 @@
 
 h[r] = act(x[token(r)] Wg[e(r)]^T + bg) * (x[token(r)] Wu[e(r)]^T + bu), which never lie in memory without the
 activation: it saves 8 F bytes a row in bfloat16. Weights may be transposed, biased, and gate and up may be interleaved;
-`Weights` says where they lie. The neurons of an expert may also be pieces of one dense FFN (`NeuronBlocks`).
+`Weights` says where they lie. The neurons of an expert may also be some of one dense FFN's (`NeuronLists`).
 
 Shapes: T tokens, R rows, E experts, D hidden, F expert width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,29 +23,37 @@ KINDS = {name: number for number, name in enumerate((*ACTIVATIONS, "swish"))}
 
 
 @dataclass(frozen=True)
-class NeuronBlocks:
-    """Experts whose neurons are pieces of one dense FFN: where each block of at most `size` neurons lies.
+class NeuronLists:
+    """Experts whose neurons are some of one dense FFN's, in any number of experts at once.
 
-    start, stop int32 [E, B]: the stretch of stored neurons of each block, empty beyond an expert's last.
-    count int32 [E]: an expert's blocks. In h a block takes `size` columns.
+    neurons int32 [E, F']: which stored neurons each expert has, and what beyond its own number; count int32 [E].
+    Weights that lie by neuron are read row by row, so that it costs nothing that an expert's neurons lie apart.
     """
 
-    start: Tensor
-    stop: Tensor
+    neurons: Tensor
     count: Tensor
-    size: int
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]], device: torch.device) -> "NeuronLists":
+        """Return the lists of E experts."""
+        count = torch.tensor([len(list_) for list_ in lists], dtype=torch.int32)
+        neurons = torch.zeros(len(lists), max(1, int(count.max())), dtype=torch.int32)
+        for expert, list_ in enumerate(lists):
+            neurons[expert, : len(list_)] = torch.tensor(list_, dtype=torch.int32)
+        return cls(neurons.to(device), count.to(device))
 
     @property
     def width(self) -> int:
-        """Return the columns of h."""
-        return int(self.start.shape[1]) * self.size
+        """Return F', the columns of h."""
+        return int(self.neurons.shape[1])
 
 
 @dataclass(frozen=True)
 class Weights:
     """The first product's weights, as its kernel reads them.
 
-    `gate` and `up` point to element 0 of expert 0; `strides` are those of expert, neuron and input, in elements.
+    `gate` and `up` point to element 0 of expert 0; `strides` are those of expert, neuron and input, in elements. Where
+    they are interleaved the step from gate to up is that of a neuron.
     Without a gate `gate` is None. Biases [E, F] have their own strides of expert and neuron.
     """
 
@@ -74,7 +83,7 @@ class Weights:
         return cls(
             gate,
             up,
-            up.stride(),
+            (up.stride(0), up.stride(1) // 2, up.stride(2)) if layout.interleaved else up.stride(),
             *biases,
             (0, 0) if bias is None else biases[1].stride(),
             layout.width,
@@ -114,8 +123,8 @@ def ragged_gate_up(
     offsets,
     tile_expert,
     tile_row,
-    block_start,
-    block_stop,
+    neurons,
+    neuron_count,
     tiles,
     columns,  # blocks of columns
     D,
@@ -135,7 +144,7 @@ def ragged_gate_up(
     BIASED: tl.constexpr,
     LIMITED: tl.constexpr,
     KIND: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    LISTED: tl.constexpr,
     EVEN: tl.constexpr,  # D is a multiple of BK
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -158,17 +167,13 @@ def ragged_gate_up(
     row = first + tl.arange(0, BM)
     row_there = row < end
     place = column * BN + tl.arange(0, BN)  # in h
-    if BLOCKS:
-        start = tl.load(block_start + expert * columns + column)
-        stop = tl.load(block_stop + expert * columns + column)
-        if start >= stop:
-            return
-        neuron = start + tl.arange(0, BN)
-        there = neuron < stop
+    if LISTED:
+        there = place < tl.load(neuron_count + expert)
+        neuron = tl.load(neurons + expert * F + place, mask=there, other=0)
         shift_expert = tl.zeros((), tl.int64)
     else:
+        there = place < F
         neuron = place
-        there = neuron < F
         shift_expert = expert.to(tl.int64) * stride_expert
     token = tl.load(row_token + row, mask=row_there, other=0)
     inner = tl.arange(0, BK)
@@ -176,8 +181,7 @@ def ragged_gate_up(
     if INTERLEAVED:  # gate and up of a neuron lie side by side: one product of both, parted afterwards
         both = 2 * (column * BN) + tl.arange(0, 2 * BN)
         both_there = both < 2 * F
-        # stride_neuron steps over a pair
-        both_at = gate + shift_expert + both.to(tl.int64)[None, :] * (stride_neuron // 2) + inner[:, None] * stride_input
+        both_at = gate + shift_expert + both.to(tl.int64)[None, :] * stride_neuron + inner[:, None] * stride_input
         both_sum = tl.zeros((BM, 2 * BN), tl.float32)
     else:
         at = shift_expert + neuron.to(tl.int64)[None, :] * stride_neuron + inner[:, None] * stride_input
@@ -210,7 +214,7 @@ def ragged_gate_up(
     if INTERLEAVED:
         gate_sum, up_sum = tl.split(tl.reshape(both_sum, (BM, BN, 2)))
     if BIASED:
-        bias_at = expert.to(tl.int64) * stride_bias_expert * (0 if BLOCKS else 1) + neuron * stride_bias_neuron
+        bias_at = expert.to(tl.int64) * stride_bias_expert * (0 if LISTED else 1) + neuron * stride_bias_neuron
         up_sum += tl.load(up_bias + bias_at, mask=there, other=0.0).to(tl.float32)[None, :]
         if GATED:
             gate_sum += tl.load(gate_bias + bias_at, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -221,13 +225,8 @@ def ragged_gate_up(
         value = _activate(gate_sum, KIND, alpha) * (up_sum + shift)
     else:
         value = _activate(up_sum, KIND, alpha)
-    if BLOCKS:  # columns beyond the block's end are read by the next product
-        stored = row_there[:, None]
-        value = tl.where(there[None, :], value, 0.0)
-    else:
-        stored = row_there[:, None] & there[None, :]
     h_at = h + row.to(tl.int64)[:, None] * stride_h + place[None, :]
-    tl.store(h_at, value.to(h.dtype.element_ty), mask=stored)
+    tl.store(h_at, value.to(h.dtype.element_ty), mask=row_there[:, None] & there[None, :])
 
 
 def forward(
@@ -236,15 +235,15 @@ def forward(
     layout: ExpertLayout,
     plan: RoutePlan,
     config: TileConfig,
-    blocks: NeuronBlocks | None = None,
+    lists: NeuronLists | None = None,
 ) -> Tensor:
     """Return the inner activations h [T K, F] of the plan's rows for `hidden` [T, D], in its dtype.
 
-    Rows beyond R are unset. With `blocks` h has `blocks.width` columns, and `config.block_n` is their size.
+    Rows beyond R are unset, and with `lists`, [T K, F'], columns beyond an expert's number. Listed weights have E = 1.
     """
     if not runs_on(hidden.device):
-        return reference(hidden, weights, layout, plan, blocks)
-    width = weights.width if blocks is None else blocks.width
+        return reference(hidden, weights, layout, plan, lists)
+    width = weights.width if lists is None else lists.width
     h = hidden.new_empty(len(plan.row_token), width)
     columns = -(-width // config.block_n)
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
@@ -260,12 +259,12 @@ def forward(
         plan.offsets,
         plan.tile_expert,
         plan.tile_row,
-        some if blocks is None else blocks.start,
-        some if blocks is None else blocks.stop,
+        some if lists is None else lists.neurons,
+        some if lists is None else lists.count,
         plan.tiles,
         columns,
         weights.hidden,
-        weights.width,
+        width,
         hidden.stride(0),
         *weights.strides,
         *weights.bias_strides,
@@ -273,7 +272,7 @@ def forward(
         layout.alpha,
         float("inf") if layout.limit is None else layout.limit,
         layout.shift,
-        **constants(weights, layout, config, hidden.dtype, blocks is not None),
+        **constants(weights, layout, config, hidden.dtype, listed=lists is not None),
         **config.constants(),
         **config.options(),
     )
@@ -281,7 +280,7 @@ def forward(
 
 
 def constants(
-    weights: Weights, layout: ExpertLayout, config: TileConfig, dtype: torch.dtype, blocks: bool
+    weights: Weights, layout: ExpertLayout, config: TileConfig, dtype: torch.dtype, *, listed: bool = False
 ) -> dict[str, object]:
     """Return what the kernel is compiled for beside the tile."""
     return {
@@ -290,7 +289,7 @@ def constants(
         "BIASED": weights.up_bias is not None,
         "LIMITED": layout.limit is not None,
         "KIND": KINDS[layout.activation],
-        "BLOCKS": blocks,
+        "LISTED": listed,
         "EVEN": weights.hidden % config.block_k == 0,
         "PRECISION": precision(dtype),
     }
@@ -302,28 +301,23 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def reference(
-    hidden: Tensor, weights: Weights, layout: ExpertLayout, plan: RoutePlan, blocks: NeuronBlocks | None = None
+    hidden: Tensor, weights: Weights, layout: ExpertLayout, plan: RoutePlan, lists: NeuronLists | None = None
 ) -> Tensor:
     """Return what `forward` does, one expert after another, in plain torch; rows beyond R are zero."""
-    width = weights.width if blocks is None else blocks.width
+    width = weights.width if lists is None else lists.width
     h = hidden.new_zeros(len(plan.row_token), width)
     edges = plan.offsets.tolist()
     for expert, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
         if start == stop:
             continue
         x = hidden[plan.row_token[start:stop].long()]
-        if blocks is None:
-            h[start:stop] = _inner(x, weights, layout, expert, slice(None))
-            continue
-        pieces = zip(blocks.start[expert].tolist(), blocks.stop[expert].tolist(), strict=True)
-        for number, (first, last) in enumerate(pieces):
-            if first < last:
-                at = number * blocks.size
-                h[start:stop, at : at + last - first] = _inner(x, weights, layout, 0, slice(first, last))
+        own = slice(None) if lists is None else lists.neurons[expert, : int(lists.count[expert])].long()
+        found = _inner(x, weights, layout, expert if lists is None else 0, own)
+        h[start:stop, : found.shape[1]] = found
     return h
 
 
-def _inner(x: Tensor, weights: Weights, layout: ExpertLayout, expert: int, neurons: slice) -> Tensor:
+def _inner(x: Tensor, weights: Weights, layout: ExpertLayout, expert: int, neurons: slice | Tensor) -> Tensor:
     def product(weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, weight[expert, neurons], None if bias is None else bias[expert, neurons])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from espalier.kernels.jit import jit, runs_on, tl
-from espalier.kernels.ragged_gate_up import NeuronBlocks, precision
+from espalier.kernels.ragged_gate_up import NeuronLists, precision
 from espalier.kernels.route_plan import RoutePlan
 from espalier.kernels.tile import TileConfig
 
@@ -29,15 +29,13 @@ def ragged_matmul(
     offsets,
     tile_expert,
     tile_row,
-    block_start,
-    block_stop,
-    block_count,
+    neurons,
+    neuron_count,
     tiles,
     columns,  # blocks of columns
     K,
     N,
     share,  # of the inner dimension, that one split sums, a multiple of BK
-    blocks_at_most,
     stride_x,
     stride_expert,
     stride_column,
@@ -48,7 +46,7 @@ def ragged_matmul(
     GATHERED: tl.constexpr,
     SCALED: tl.constexpr,
     BIASED: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    LISTED: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,  # K is a multiple of BK and of every share
     PRECISION: tl.constexpr,
@@ -79,37 +77,32 @@ def ragged_matmul(
         source = tl.load(row_token + row, mask=row_there, other=0)
     inner = tl.arange(0, BK)
     x_at = x + source.to(tl.int64)[:, None] * stride_x + inner[None, :]
-    at = n.to(tl.int64)[None, :] * stride_column + inner.to(tl.int64)[:, None] * stride_inner
-    total = tl.zeros((BM, BN), tl.float32)
-    if BLOCKS:
-        for block in range(split, tl.load(block_count + expert), SPLIT):
-            start = tl.load(block_start + expert * blocks_at_most + block)
-            stop = tl.load(block_stop + expert * blocks_at_most + block)
-            for k in range(0, stop - start, BK):
-                k_there = inner < stop - start - k
-                part = tl.load(x_at + (block * BLOCKS + k), mask=row_there[:, None] & k_there[None, :], other=0.0)
-                w_at = weight + at + (start + k).to(tl.int64) * stride_inner
-                total = tl.dot(
-                    part,
-                    tl.load(w_at, mask=there[None, :] & k_there[:, None], other=0.0),
-                    total,
-                    input_precision=PRECISION,
-                )
+    at = weight + n.to(tl.int64)[None, :] * stride_column
+    begin = split * share
+    stop = min(begin + share, K)
+    if LISTED:
+        stop = min(stop, tl.load(neuron_count + expert))
+        neuron_at = neurons + expert * K + inner
     else:
-        begin = split * share
-        x_at += begin
-        w_at = weight + expert.to(tl.int64) * stride_expert + at + begin.to(tl.int64) * stride_inner
-        for k in range(begin, min(begin + share, K), BK):
-            if EVEN:
-                rows_in = row_there[:, None]
-                columns_in = there[None, :]
-            else:
-                rows_in = row_there[:, None] & (inner < K - k)[None, :]
-                columns_in = there[None, :] & (inner < K - k)[:, None]
-            part = tl.load(x_at, mask=rows_in, other=0.0)
-            total = tl.dot(part, tl.load(w_at, mask=columns_in, other=0.0), total, input_precision=PRECISION)
-            x_at += BK
-            w_at += BK * stride_inner
+        at += expert.to(tl.int64) * stride_expert + (begin + inner).to(tl.int64)[:, None] * stride_inner
+    x_at += begin
+    total = tl.zeros((BM, BN), tl.float32)
+    for k in range(begin, stop, BK):
+        if EVEN:
+            rows_in = row_there[:, None]
+            columns_in = there[None, :]
+        else:
+            rows_in = row_there[:, None] & (inner < stop - k)[None, :]
+            columns_in = there[None, :] & (inner < stop - k)[:, None]
+        part = tl.load(x_at, mask=rows_in, other=0.0)
+        if LISTED:
+            neuron = tl.load(neuron_at + k, mask=inner < stop - k, other=0)
+            w_part = tl.load(at + neuron.to(tl.int64)[:, None] * stride_inner, mask=columns_in, other=0.0)
+        else:
+            w_part = tl.load(at, mask=columns_in, other=0.0)
+            at += BK * stride_inner
+        total = tl.dot(part, w_part, total, input_precision=PRECISION)
+        x_at += BK
     if BIASED:
         once = there & (split == 0)
         total += tl.load(bias + expert.to(tl.int64) * stride_bias + n, mask=once, other=0.0).to(tl.float32)[None, :]
@@ -128,16 +121,17 @@ def forward(
     bias: Tensor | None = None,
     gather: bool = False,
     scale: Tensor | None = None,
-    blocks: NeuronBlocks | None = None,
+    lists: NeuronLists | None = None,
 ) -> Tensor:
     """Return y [S, R at most, N] for x [R at most, K], or [T, K] with `gather`, and `weight` [E, N, K], any strides.
 
     `scale` float32 [R at most] multiplies rows, `bias` [E, N] is added before. y has x's dtype where S is 1, else
-    float32. With `blocks` the inner dimension is the blocks' columns of h and `weight` [1, N, F] is the dense one.
+    float32. With `lists` K is their width and `weight` [1, N, F] the dense one.
     """
     if not runs_on(x.device):
-        return reference(x, weight, plan, bias=bias, gather=gather, scale=scale, blocks=blocks)[None]
-    _, columns_n, inner = weight.shape
+        return reference(x, weight, plan, bias=bias, gather=gather, scale=scale, lists=lists)[None]
+    columns_n = weight.shape[1]
+    inner = weight.shape[2] if lists is None else lists.width
     split = config.split
     dtype = x.dtype if split == 1 else torch.float32
     rows = len(plan.row_token)
@@ -156,22 +150,20 @@ def forward(
         plan.offsets,
         plan.tile_expert,
         plan.tile_row,
-        some if blocks is None else blocks.start,
-        some if blocks is None else blocks.stop,
-        some if blocks is None else blocks.count,
+        some if lists is None else lists.neurons,
+        some if lists is None else lists.count,
         plan.tiles,
         columns,
         inner,
         columns_n,
         share,
-        0 if blocks is None else blocks.start.shape[1],
         x.stride(0),
         *weight.stride(),
         0 if bias is None else bias.stride(0),
         y.stride(1),
         y.stride(0),
         **constants(
-            inner, config, x.dtype, gather=gather, scaled=scale is not None, biased=bias is not None, blocks=blocks
+            inner, config, x.dtype, gather=gather, scaled=scale is not None, biased=bias is not None, lists=lists
         ),
         **config.constants(),
         **config.options(),
@@ -187,16 +179,16 @@ def constants(
     gather: bool = False,
     scaled: bool = False,
     biased: bool = False,
-    blocks: NeuronBlocks | None = None,
+    lists: NeuronLists | None = None,
 ) -> dict[str, object]:
     """Return what the kernel is compiled for beside the tile."""
     return {
         "GATHERED": gather,
         "SCALED": scaled,
         "BIASED": biased,
-        "BLOCKS": 0 if blocks is None else blocks.size,
+        "LISTED": lists is not None,
         "SPLIT": config.split,
-        "EVEN": inner % (config.block_k * config.split) == 0,
+        "EVEN": lists is None and inner % (config.block_k * config.split) == 0,
         "PRECISION": precision(dtype),
     }
 
@@ -209,7 +201,7 @@ def reference(
     bias: Tensor | None = None,
     gather: bool = False,
     scale: Tensor | None = None,
-    blocks: NeuronBlocks | None = None,
+    lists: NeuronLists | None = None,
 ) -> Tensor:
     """Return the sum over splits of what `forward` does, [R at most, N] in x's dtype; rows beyond R are zero."""
     y = x.new_zeros(len(plan.row_token), weight.shape[1])
@@ -218,12 +210,10 @@ def reference(
         if start == stop:
             continue
         rows = x[plan.row_token[start:stop].long()] if gather else x[start:stop]
-        matrix = weight[expert if blocks is None else 0]
-        if blocks is not None:
-            pieces = list(zip(blocks.start[expert].tolist(), blocks.stop[expert].tolist(), strict=True))
-            matrix = torch.cat([matrix[:, first:last] for first, last in pieces], dim=1)
-            columns = [torch.arange(last - first) + n * blocks.size for n, (first, last) in enumerate(pieces)]
-            rows = rows[:, torch.cat(columns).to(rows.device)]
+        matrix = weight[expert if lists is None else 0]
+        if lists is not None:
+            own = lists.neurons[expert, : int(lists.count[expert])].long()
+            rows, matrix = rows[:, : len(own)], matrix[:, own]
         found = functional.linear(rows, matrix, None if bias is None else bias[expert])
         y[start:stop] = found if scale is None else (found * scale[start:stop, None]).to(y.dtype)
     return y

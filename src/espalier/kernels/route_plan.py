@@ -160,10 +160,15 @@ def place_settings(slots_a_token: int, rows: int, experts: int) -> dict[str, int
         "K2": k2,
         "E2": power_of_2(rows),
         "BINS": bins,
-        "COUNTED": min(512, 2048 // k2),
+        "COUNTED": min(512, max(1, 4096 // k2**2)),
         "PLACED": placed,
         "TILES": max(1, min(64, 4096 // bins)),
     }
+
+
+def counted_from_scores(sizes: dict[str, int]) -> int:
+    """Return how many tokens are counted at once where their experts are chosen in passing."""
+    return min(sizes["COUNTED"], max(1, 4096 // sizes["E2"]))
 
 
 def _launch(
@@ -182,7 +187,7 @@ def _launch(
     device = indices.device
     sizes = place_settings(k, rows, experts)
     if scores is not None:
-        sizes["COUNTED"] = min(sizes["COUNTED"], max(1, 4096 // sizes["E2"]))
+        sizes["COUNTED"] = counted_from_scores(sizes)
     sizes["COUNTED"] = min(sizes["COUNTED"], power_of_2(max(1, tokens)))
     blocks = max(1, -(-tokens // sizes["PLACED"]))
     programs = min(PROGRAMS, blocks)
@@ -229,6 +234,7 @@ def _launch(
         RULE=RULES[skip.rule],
         RESCALE=skip.total is not None,
         num_warps=8,
+        num_stages=1,
     )
     return found
 

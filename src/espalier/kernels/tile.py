@@ -1,4 +1,4 @@
-"""How a ragged product is cut into tiles: the settings that a kernel is compiled for."""
+"""How a ragged product is cut into tiles, and the tiles that ship for each target; imports neither torch nor Triton."""
 
 from dataclasses import asdict, dataclass
 
@@ -30,3 +30,62 @@ class TileConfig:
     def document(self) -> dict[str, int]:
         """Return the settings as JSON has them."""
         return asdict(self)
+
+
+# Of the first product. It has two sums: block_n is that of gate and of up, each.
+GATE_UP = {
+    "sm_80": (
+        TileConfig(16, 32, 128, warps=4, stages=4),
+        TileConfig(16, 64, 128, warps=4, stages=3),
+        TileConfig(32, 64, 64, warps=4, stages=4),
+        TileConfig(64, 64, 64, warps=4, stages=3),
+        TileConfig(128, 64, 32, warps=8, stages=3),
+        TileConfig(128, 64, 64, warps=8, stages=3),
+    ),
+    "sm_90": (
+        TileConfig(16, 32, 128, warps=4, stages=4),
+        TileConfig(16, 64, 128, warps=4, stages=3),
+        TileConfig(32, 64, 64, warps=4, stages=4),
+        TileConfig(64, 64, 64, warps=4, stages=4),
+        TileConfig(64, 128, 64, warps=8, stages=3),
+        TileConfig(128, 64, 64, warps=8, stages=3),
+        TileConfig(128, 128, 64, warps=8, stages=3),
+    ),
+    "gfx942": (
+        TileConfig(16, 32, 128, warps=4, stages=2),
+        TileConfig(16, 64, 64, warps=4, stages=2),
+        TileConfig(32, 64, 64, warps=4, stages=2),
+        TileConfig(64, 64, 64, warps=4, stages=2),
+        TileConfig(64, 128, 32, warps=8, stages=2),
+        TileConfig(128, 64, 64, warps=8, stages=2),
+    ),
+}
+# Of the second product, and of all others that are ragged.
+MATMUL = {
+    "sm_80": (
+        TileConfig(16, 64, 128, warps=4, stages=4, split=4),
+        TileConfig(16, 64, 128, warps=4, stages=4),
+        TileConfig(16, 128, 64, warps=4, stages=4),
+        TileConfig(32, 128, 64, warps=4, stages=3),
+        TileConfig(64, 128, 64, warps=4, stages=3),
+        TileConfig(128, 128, 32, warps=8, stages=3),
+        TileConfig(128, 128, 64, warps=8, stages=3),
+    ),
+    "sm_90": (
+        TileConfig(16, 64, 128, warps=4, stages=4, split=4),
+        TileConfig(16, 64, 128, warps=4, stages=4),
+        TileConfig(16, 128, 64, warps=4, stages=4),
+        TileConfig(32, 128, 64, warps=4, stages=4),
+        TileConfig(64, 128, 64, warps=4, stages=4),
+        TileConfig(128, 128, 64, warps=8, stages=3),
+        TileConfig(128, 256, 64, warps=8, stages=3),
+    ),
+    "gfx942": (
+        TileConfig(16, 64, 128, warps=4, stages=2, split=4),
+        TileConfig(16, 64, 128, warps=4, stages=2),
+        TileConfig(16, 128, 64, warps=4, stages=2),
+        TileConfig(32, 128, 64, warps=4, stages=2),
+        TileConfig(64, 128, 64, warps=4, stages=2),
+        TileConfig(128, 128, 64, warps=8, stages=2),
+    ),
+}
