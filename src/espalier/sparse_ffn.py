@@ -37,6 +37,8 @@ class SparseFFN(nn.Module):
     """
 
     backend: str = "auto"  # or `masked`, `grouped`
+    # What computes [T, D] and [T, U] to [T, D] instead of `_grouped`, or None for too few tokens: of espalier.kernels
+    kernel: Any = None
 
     def __init__(self, stock: Any, modules: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
@@ -70,7 +72,11 @@ class SparseFFN(nn.Module):
         backend = self.backend
         if backend == "auto":
             backend = "masked" if torch.is_grad_enabled() or self.training else "grouped"
-        output = self._masked(flat, weights) if backend == "masked" else self._grouped(flat, weights)
+        output = None
+        if backend == "grouped":
+            output = self._grouped(flat, weights) if self.kernel is None else self.kernel(flat, weights)
+        if output is None:
+            output = self._masked(flat, weights)
         return output.view_as(hidden)
 
     def unit_width(self, unit: int) -> int:

@@ -98,7 +98,8 @@ def _seconds(config: TileConfig, kernel: str, work: Work, target: Target) -> flo
     rows = sum(work.rows)
     moved = weights + rows * (inner + outer * (1 if config.split == 1 else 2 * config.split)) * BYTES
     reread = again + columns * tiles * config.block_m * inner * BYTES
-    on_way = (config.stages - 1) * config.block_n * parts * config.block_k * BYTES * min(resident, programs / target.units)
+    at_once = min(resident, programs / target.units)  # programs in a unit
+    on_way = (config.stages - 1) * config.block_n * parts * config.block_k * BYTES * at_once
     full = min(1.0, on_way / target.in_flight)
     reading = (moved / target.bandwidth + reread / (CACHE_SPEED * target.bandwidth)) / max(full, 1e-6) * quantised
     return max(computing, reading) + target.launch

@@ -8,6 +8,7 @@ Shapes: E experts, D hidden, F expert width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,6 +65,16 @@ class ExpertLayout:
         }
         return cls(**layout, **_activation(module, gated, interleaved))  # type: ignore[arg-type]
 
+    @classmethod
+    def of_ffn(cls, activation: Any, hidden: int, width: int, *, gated: bool, biased: bool) -> "ExpertLayout":
+        """Return the layout of a dense FFN with `activation`, whose projections are matrices of their own."""
+        stand_in = SimpleNamespace(
+            has_gate=gated,
+            act_fn=activation,
+            _apply_gate=lambda both: activation(both.chunk(2, dim=-1)[0]) * both.chunk(2, dim=-1)[1],
+        )
+        return cls(1, hidden, width, gated, False, False, biased, False, **_activation(stand_in, gated, False))
+
     def inner(self, projected: Tensor) -> Tensor:
         """Return the inner activations [..., F] for what the first product gives, [..., 2F] or [..., F]."""
         if not self.gated:
@@ -91,10 +102,7 @@ def own_inner(module: Any, projected: Tensor) -> Tensor:
 
 def _activation(module: Any, gated: bool, interleaved: bool) -> dict[str, Any]:
     """Return the fields of an activation that computes what the module's own does, or OWN."""
-    limits = [getattr(module, name, None) for name in ("limit", "swiglu_limit")]
-    limits = [float(limit) for limit in limits if isinstance(limit, (int, float))]
-    alphas = [getattr(module, name, None) for name in ("alpha", "swiglu_alpha")]
-    alphas = [float(alpha) for alpha in alphas if isinstance(alpha, (int, float))]
+    limits, alphas = _numbers(module, "limit", "swiglu_limit"), _numbers(module, "alpha", "swiglu_alpha")
     reach = 3 * max([4.0, *limits])
     sample = torch.linspace(-reach, reach, 127)  # an odd number: gate and up meet in all pairs of signs and sizes
     gate, up = sample.repeat_interleave(len(sample)), sample.repeat(len(sample))
@@ -105,7 +113,7 @@ def _activation(module: Any, gated: bool, interleaved: bool) -> dict[str, Any]:
             wanted = own_inner(module, given)
         except (RuntimeError, TypeError):  # it needs its own width or device
             return {"activation": OWN}
-        candidates = [{"activation": name} for name in ACTIVATIONS]
+        candidates: list[dict[str, Any]] = [{"activation": name} for name in ACTIVATIONS]
         candidates += [{"activation": "swish", "alpha": alpha} for alpha in alphas]
         ends: list[dict[str, Any]] = [{}, *({"limit": limit} for limit in limits)] if gated else [{}]
         for fields in candidates:
@@ -116,3 +124,9 @@ def _activation(module: Any, gated: bool, interleaved: bool) -> dict[str, Any]:
                     if torch.allclose(trial.inner(given), wanted, rtol=1e-5, atol=1e-6):
                         return found
     return {"activation": OWN}
+
+
+def _numbers(module: Any, *names: str) -> list[float]:
+    """Return those of a module's attributes that are numbers."""
+    found = [getattr(module, name, None) for name in names]
+    return [float(value) for value in found if isinstance(value, (int, float))]

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.kernels import device, ragged_gate_up, ragged_matmul, ragged_outer, segment_combine
+from espalier.kernels import device, ragged_gate_up, ragged_matmul, segment_combine
 from espalier.kernels.chooser import Choice
 from espalier.kernels.expert_layout import OWN, ExpertLayout, own_inner
 from espalier.kernels.jit import runs_on
 from espalier.kernels.ragged_gate_up import Weights
-from espalier.kernels.route_plan import NO_SKIP, RoutePlan, SkipRule, plan
+from espalier.kernels.route_plan import RoutePlan, plan
 from espalier.kernels.tile import TileConfig
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,22 +65,20 @@ def forward(
     indices: Tensor,
     weights: Tensor,
     *,
-    rows: int | None = None,
-    expert_map: Tensor | None = None,
-    skip: SkipRule = NO_SKIP,
     choice: Choice | None = None,
 ) -> Tensor:
     """Return the weighted sum [T, D] of the chosen experts' outputs, in the dtype of `hidden` [T, D].
 
-    indices int [T, K] and weights [T, K] as a router gives them; the rest is that of `route_plan.plan`. `choice` of
-    tiles, or what the chooser takes for as many tokens spread evenly.
+    indices int [T, K] and weights [T, K] as a router gives them; what a module's `espalier_route` (`attach`) says of
+    merged and skipped experts is done to them. `choice` of tiles, or what the chooser takes for as many tokens spread
+    evenly.
     """
     experts = Experts.of(module, layout)
     if choice is None:
         choice = device.choose(layout, len(hidden), indices.shape[1], hidden.device)
-    found = plan(
-        indices, weights.detach(), layout.experts, choice.down.block_m, rows=rows, expert_map=expert_map, skip=skip
-    )
+    route = getattr(module, "espalier_route", None)
+    between = {} if route is None else {"rows": route.rows, "expert_map": route.expert_map, "skip": route.skip}
+    found = plan(indices, weights.detach(), layout.experts, choice.down.block_m, **between)
     parameters = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad or parameters):
         from espalier.kernels.ragged_autograd import differentiable
@@ -104,7 +102,7 @@ def inner(experts: Experts, hidden: Tensor, found: RoutePlan, config: TileConfig
 
 
 def projected(experts: Experts, hidden: Tensor, found: RoutePlan, config: TileConfig) -> Tensor:
-    """Return what the first product gives, [R at most, 2F] as the module stores it, or [R at most, F] without a gate."""
+    """Return what the first product gives, [R at most, 2F] as the module stores it; without a gate [R at most, F]."""
     module = experts.own
     name = "gate_up_proj" if experts.layout.gated else "up_proj"
     weight = getattr(module, name)

@@ -2,7 +2,7 @@
 
 With g = dL/dout, rows r of token t and weight w: dL/dw = y . g, dL/dy = w g, dL/dh = (dL/dy) Wd, dL/dWd = (dL/dy)^T h,
 then through the activation, which torch differentiates, and dL/dx = sum over a token's rows of (dL/dz) Wz,
-dL/dWz = (dL/dz)^T x. What the first product gives is kept, [R, 2F]; gradients of matrices that do not train cost nothing.
+dL/dWz = (dL/dz)^T x. What the first product gives is kept, [R, 2F]; matrices that do not train cost no gradients.
 
 Shapes: T tokens, K slots a token, R rows, E experts, D hidden, F expert width.
 """

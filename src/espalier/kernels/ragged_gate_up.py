@@ -9,6 +9,7 @@ Shapes: T tokens, R rows, E experts, D hidden, F expert width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,21 +72,21 @@ class Weights:
     def of(cls, stacked: Tensor, bias: Tensor | None, layout: ExpertLayout) -> "Weights":
         """Return views of stacked weights [E, 2F, D] (or as `layout` says) and biases [E, 2F]."""
         by_neuron = stacked.transpose(1, 2) if layout.transposed else stacked  # [E, 2F, D]
-        if not layout.gated:
-            views, biases = (None, by_neuron), (None, bias)
-        elif layout.interleaved:
-            views = by_neuron[:, ::2], by_neuron[:, 1::2]
-            biases = (None, None) if bias is None else (bias[:, ::2], bias[:, 1::2])
-        else:
-            views = by_neuron[:, : layout.width], by_neuron[:, layout.width :]
-            biases = (None, None) if bias is None else (bias[:, : layout.width], bias[:, layout.width :])
-        gate, up = views
+        gates, ups = slice(0), slice(None)
+        if layout.interleaved:
+            gates, ups = slice(0, None, 2), slice(1, None, 2)
+        elif layout.gated:
+            gates, ups = slice(layout.width), slice(layout.width, None)
+        up = by_neuron[:, ups]
+        expert, neuron, input_ = up.stride()
+        up_bias = None if bias is None else bias[:, ups]
         return cls(
-            gate,
+            by_neuron[:, gates] if layout.gated else None,
             up,
-            (up.stride(0), up.stride(1) // 2, up.stride(2)) if layout.interleaved else up.stride(),
-            *biases,
-            (0, 0) if bias is None else biases[1].stride(),
+            (expert, neuron // 2 if layout.interleaved else neuron, input_),
+            bias[:, gates] if bias is not None and layout.gated else None,
+            up_bias,
+            (0, 0) if up_bias is None else (up_bias.stride(0), up_bias.stride(1)),
             layout.width,
             layout.hidden,
             layout.interleaved,
@@ -307,7 +308,7 @@ def reference(
     width = weights.width if lists is None else lists.width
     h = hidden.new_zeros(len(plan.row_token), width)
     edges = plan.offsets.tolist()
-    for expert, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for expert, (start, stop) in enumerate(pairwise(edges)):
         if start == stop:
             continue
         x = hidden[plan.row_token[start:stop].long()]

@@ -8,6 +8,8 @@ added, in order, where a token's rows are (`segment_combine`), so that the resul
 Shapes: T tokens, R rows, E experts, K inner dimension, N columns, S splits.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -206,7 +208,7 @@ def reference(
     """Return the sum over splits of what `forward` does, [R at most, N] in x's dtype; rows beyond R are zero."""
     y = x.new_zeros(len(plan.row_token), weight.shape[1])
     edges = plan.offsets.tolist()
-    for expert, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for expert, (start, stop) in enumerate(pairwise(edges)):
         if start == stop:
             continue
         rows = x[plan.row_token[start:stop].long()] if gather else x[start:stop]

@@ -6,7 +6,8 @@ zeros. The rows of b are those of the plan, or tokens that are gathered.
 Shapes: T tokens, R rows, E experts, M columns of a, N columns of b.
 """
 
-import torch
+from itertools import pairwise
+
 from torch import Tensor
 
 from espalier.kernels.jit import jit, runs_on, tl
@@ -90,7 +91,7 @@ def reference(a: Tensor, b: Tensor, plan: RoutePlan, *, gather: bool = False) ->
     """Return what `forward` writes, one expert after another, in plain torch."""
     edges = plan.offsets.tolist()
     g = a.new_zeros(plan.experts, a.shape[1], b.shape[1])
-    for expert, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for expert, (start, stop) in enumerate(pairwise(edges)):
         rows = b[plan.row_token[start:stop].long()] if gather else b[start:stop]
         g[expert] = (a[start:stop].float().T @ rows.float()).to(g.dtype)
     return g

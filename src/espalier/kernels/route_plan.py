@@ -11,6 +11,7 @@ slots, where the experts' products take milliseconds.
 Shapes: T tokens, K slots a token, E stored experts, R <= T K rows, BM rows a tile.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -89,18 +90,23 @@ def plan(
     rows: int | None = None,
     expert_map: Tensor | None = None,
     skip: SkipRule = NO_SKIP,
+    distinct: bool = False,
 ) -> RoutePlan:
     """Return the rows for picks `indices` int [T, K] with `weights` [T, K]; an index outside 0 .. rows - 1 is none.
 
     `rows` of the router, `experts` of them by default; `expert_map` int [rows] sends each to a stored expert, beyond
-    which there is none. UserError for the rule `top_p`, which needs probabilities among all experts.
+    which there is none. `distinct` says that no two picks of a token are of one expert, so that none are joined.
+    UserError for the rule `top_p`, which needs probabilities among all experts.
     """
     if skip.rule == "top_p":
         raise UserError("skip rule 'top_p' looks at all experts' probabilities. Make the plan from the scores.")
     rows = experts if rows is None else rows
     if not runs_on(indices.device):
         return reference(indices, weights, experts, block_m, rows=rows, expert_map=expert_map, skip=skip)
-    return _launch(None, None, indices.contiguous(), weights.contiguous(), experts, block_m, rows, expert_map, skip, {})
+    found = {"JOINED": not distinct}
+    return _launch(
+        None, None, indices.contiguous(), weights.contiguous(), experts, block_m, rows, expert_map, skip, found
+    )
 
 
 def plan_from_scores(
@@ -150,17 +156,20 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def place_settings(slots_a_token: int, rows: int, experts: int) -> dict[str, int]:
-    """Return the sizes that `place` is compiled for: tokens counted and placed at once, tiles mapped at once."""
+def place_settings(slots_a_token: int, rows: int, experts: int, *, paired: bool = True) -> dict[str, int]:
+    """Return the sizes that `place` is compiled for: tokens counted and placed at once, tiles mapped at once.
+
+    `paired`: the picks of a token are compared with each other.
+    """
     k2, bins = power_of_2(slots_a_token), power_of_2(experts + 1)
-    pairs = bins if k2 == 1 else max(bins, k2 * k2)  # the wider of what is held for a token
-    placed = max(1, min(64, 4096 // (k2 * pairs)))
+    each = k2 * k2 if paired else k2
+    placed = max(1, min(64, 2048 // (k2 * max(bins, each))))
     return {
         "K": slots_a_token,
         "K2": k2,
         "E2": power_of_2(rows),
         "BINS": bins,
-        "COUNTED": min(512, max(1, 4096 // k2**2)),
+        "COUNTED": min(512, max(1, 4096 // each)),
         "PLACED": placed,
         "TILES": max(1, min(64, 4096 // bins)),
     }
@@ -181,27 +190,19 @@ def _launch(
     rows: int,
     expert_map: Tensor | None,
     skip: SkipRule,
-    chosen: dict[str, float],
+    chosen: Mapping[str, float],
 ) -> RoutePlan:
     tokens, k = indices.shape
     device = indices.device
-    sizes = place_settings(k, rows, experts)
+    joined = bool(chosen.get("JOINED", True)) and k > 1
+    sizes = place_settings(k, rows, experts, paired=joined or skip.rule is not None)
     if scores is not None:
         sizes["COUNTED"] = counted_from_scores(sizes)
     sizes["COUNTED"] = min(sizes["COUNTED"], power_of_2(max(1, tokens)))
     blocks = max(1, -(-tokens // sizes["PLACED"]))
     programs = min(PROGRAMS, blocks)
     tiles = tiles_at_most(tokens * k, experts, block_m)
-    int32 = {"dtype": torch.int32, "device": device}
-    found = RoutePlan(
-        row_token=torch.empty(tokens * k, **int32),
-        row_weight=torch.empty(tokens * k, dtype=torch.float32, device=device),
-        offsets=torch.empty(experts + 1, **int32),
-        slot_row=torch.empty(tokens, k, **int32),
-        tile_expert=torch.empty(tiles, **int32),
-        tile_row=torch.empty(tiles, **int32),
-        block_m=block_m,
-    )
+    found = _empty(tokens, k, experts, tiles, block_m, device)
     route_plan_kernel.place[(programs,)](
         _or(scores, indices),
         _or(correction, indices),
@@ -230,13 +231,23 @@ def _launch(
         CORRECTED=bool(chosen.get("CORRECTED", False)),
         NORMED=bool(chosen.get("NORMED", False)),
         MAPPED=expert_map is not None,
-        JOINED=k > 1,
+        JOINED=joined,
         RULE=RULES[skip.rule],
         RESCALE=skip.total is not None,
         num_warps=8,
         num_stages=1,
     )
     return found
+
+
+def _empty(tokens: int, k: int, experts: int, tiles: int, block_m: int, device: torch.device) -> RoutePlan:
+    """Return a plan whose tensors are unset pieces of one allocation."""
+    slots = tokens * k
+    sizes = [slots, slots, slots, experts + 1, tiles, tiles]
+    pieces = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    row_token, row_weight, slot_row, offsets, tile_expert, tile_row = pieces
+    weights = row_weight.view(torch.float32)
+    return RoutePlan(row_token, weights, offsets, slot_row.view(tokens, k), tile_expert, tile_row, block_m)
 
 
 def choose(

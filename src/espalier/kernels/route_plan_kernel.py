@@ -177,7 +177,7 @@ def place(
     RESCALE: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    begin = pid * own_tokens
+    begin = min(pid * own_tokens, tokens)
     before = tl.zeros((BINS,), tl.int32)
     for start in range(0, begin, COUNTED):
         token = start + tl.arange(0, COUNTED)
@@ -216,7 +216,7 @@ def place(
         tl.store(tile_row + tile, tl.where(used, first, -1), mask=inside)
 
     base = starts + before
-    for start in range(begin, begin + own_tokens, PLACED):
+    for start in range(begin, min(begin + own_tokens, tokens), PLACED):
         token = start + tl.arange(0, PLACED)
         expert, weight = _slots(
             scores, correction, indices, weights, expert_map, token, tokens, rows, experts, scale, value, total,

@@ -1,7 +1,7 @@
 """Segment combine: the weighted sum of each token's rows, in one launch and in a fixed order.
 
-out[t] = sum over slots j, then over splits s, of w[r] y[s, r], r = slot_row[t, j]; a slot without a row adds nothing and
-reads nothing, and a token without rows gets zeros. Sums are fp32.
+out[t] = sum over slots j, then over splits s, of w[r] y[s, r], r = slot_row[t, j]; a slot without a row adds and reads
+nothing, and a token without rows gets zeros. Sums are fp32.
 
 Shapes: T tokens, K slots a token, R rows, D hidden, S splits.
 """

@@ -3,25 +3,34 @@
 from collections.abc import Iterator
 from typing import Any
 
-from espalier.kernels import ragged_gate_up, ragged_matmul, route_plan, route_plan_kernel, segment_combine
+from espalier.kernels import (
+    ragged_gate_up,
+    ragged_matmul,
+    ragged_outer,
+    route_plan,
+    route_plan_kernel,
+    segment_combine,
+)
 from espalier.kernels.aot import Case
 from espalier.kernels.targets import Target
 from espalier.kernels.tile import GATE_UP, MATMUL
 
-POINTERS = {"x": "*bf16", "gate": "*bf16", "up": "*bf16", "gate_bias": "*bf16", "up_bias": "*bf16", "h": "*bf16"}
-POINTERS |= {"weight": "*bf16", "bias": "*bf16", "y": "*bf16", "base": "*bf16", "out": "*bf16"}
-POINTERS |= {"row_weight": "*fp32", "row_scale": "*fp32", "scores": "*fp32", "correction": "*fp32"}
+VALUES = ("x", "gate", "up", "gate_bias", "up_bias", "h", "weight", "bias", "y", "base", "out", "a", "b", "g")
+POINTERS = dict.fromkeys(VALUES, "*bf16")
+POINTERS |= dict.fromkeys(("row_weight", "row_scale", "scores", "correction"), "*fp32")
 FLOATS = ("alpha", "limit", "shift", "scale", "value", "total")
 
 
-def case(kernel: str, variant: str, function: Any, constants: dict[str, Any], options: dict[str, int], **own: str) -> Case:
+def case(
+    kernel: str, variant: str, function: Any, constants: dict[str, Any], options: dict[str, int], **own: str
+) -> Case:
     """Return a case whose arguments have the types that launches give them, all pointers and sizes aligned."""
     signature: dict[str, str] = {}
     for name in function.arg_names:
         if name in constants:
             continue
         kind = "fp32" if name in FLOATS else "i32"
-        integers = name.startswith(("row_", "tile_", "offsets", "neuron","slot_row", "expert_map", "indices"))
+        integers = name.startswith(("row_", "tile_", "offsets", "neuron", "slot_row", "expert_map", "indices"))
         signature[name] = own.get(name) or POINTERS.get(name) or ("*i32" if integers else kind)
     unit = [name for name in own if own[name] == "constexpr"]
     for name in unit:
@@ -30,7 +39,7 @@ def case(kernel: str, variant: str, function: Any, constants: dict[str, Any], op
     aligned = tuple(
         name
         for name, kind in signature.items()
-        if kind.startswith("*") or name in ("D", "F", "K", "N", "share", *(n for n in signature if "stride" in n))
+        if kind.startswith("*") or name in ("D", "F", "K", "M", "N", "share", *(n for n in signature if "stride" in n))
     )
     return Case(kernel, variant, function, signature, constants, options, aligned)
 
@@ -61,16 +70,34 @@ def cases(target: Target) -> Iterator[Case]:
         yield case("ragged_matmul", "down", run, constants, config.options(), stride_inner="constexpr", **parts)
         if config.block_m in (16, 64):
             turned = constants | {"GATHERED": True}
-            yield case("ragged_matmul", "gathered, transposed", run, turned, config.options(), stride_column="constexpr", **parts)
+            yield case(
+                "ragged_matmul",
+                "gathered, transposed",
+                run,
+                turned,
+                config.options(),
+                stride_column="constexpr",
+                **parts,
+            )
             listed = constants | {"LISTED": True, "EVEN": False}
-            yield case("ragged_matmul", "neuron lists", run, listed, config.options(), stride_column="constexpr", **parts)
+            yield case(
+                "ragged_matmul", "neuron lists", run, listed, config.options(), stride_column="constexpr", **parts
+            )
+    block = {"BR": ragged_outer.ROWS, "BM": ragged_outer.COLUMNS, "BN": ragged_outer.COLUMNS, "PRECISION": "tf32"}
+    options = {"num_warps": 4, "num_stages": 3}
+    for gathered in (False, True):
+        variant = "gathered" if gathered else "rows"
+        run = ragged_outer.ragged_outer
+        yield case("ragged_outer", variant, run, block | {"GATHERED": gathered}, options, stride_n="constexpr")
     for experts, k in ((8, 2), (64, 8), (128, 8)):
         yield _plan_case(experts, k, scored=False)
         yield _plan_case(experts, k, scored=True)
     for split in (1, 4):
         constants = {"SPLIT": split, "WEIGHTED": True, "BASED": False, "BD": segment_combine.COLUMNS}
         own = {"y": "*fp32" if split > 1 else "*bf16"}
-        yield case("segment_combine", f"{split} splits", segment_combine.segment_combine, constants, {"num_warps": 4}, **own)
+        yield case(
+            "segment_combine", f"{split} splits", segment_combine.segment_combine, constants, {"num_warps": 4}, **own
+        )
 
 
 def _plan_case(experts: int, k: int, *, scored: bool) -> Case:

@@ -1,0 +1,98 @@
+"""Let the modules that Espalier's checkpoints bring use kernels: sparse FFNs, merged experts, skipped experts.
+
+The modules' code ships in the checkpoint and knows nothing of this package; here they are given what they ask for. Each
+decides at every call: training, other devices and other implementations of experts run as if nothing were attached.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from espalier.kernels import device, neuron_ffn
+from espalier.kernels.jit import runs_on
+from espalier.kernels.route_plan import NO_SKIP, SkipRule
+
+Routed = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What lies between a router's choice and the stored experts; `expert_map` int [rows] or None."""
+
+    rows: int
+    expert_map: Tensor | None
+    skip: SkipRule
+
+
+def attach(model: torch.nn.Module) -> int:
+    """Give kernels to the modules of a loaded model that can use them, and return how many these are.
+
+    A sparse FFN runs its units with `neuron_ffn`. A MoE block whose checkpoint maps or skips experts does both in the
+    launch of the route plan, where its experts' implementation is `espalier`.
+    """
+    number = 0
+    module: Any
+    for module in model.modules():
+        if type(module).__name__ == "SparseFFN" and neuron_ffn.unsupported(module, module.up.weight.device) is None:
+            module.kernel = _ffn_kernel(module)
+            number += 1
+        for name, hook in list(module._forward_pre_hooks.items()):
+            original = getattr(hook, "func", None)
+            if getattr(original, "__name__", "") == "_route" and (route := _route_of(hook, module)) is not None:
+                module._forward_pre_hooks[name] = _fused(hook, route)
+                number += 1
+    return number
+
+
+def _ffn_kernel(ffn: Any) -> Callable[[Tensor, Tensor], Tensor | None]:
+    made: list[neuron_ffn.NeuronFFN] = []
+
+    def run(hidden: Tensor, weights: Tensor) -> Tensor | None:
+        if not runs_on(hidden.device):
+            found: Tensor = ffn._grouped(hidden, weights)
+            return found
+        if not made or made[0].first.up.data_ptr() != ffn.up.weight.data_ptr():  # moved since
+            made[:] = [neuron_ffn.NeuronFFN.of(ffn)]
+        if not neuron_ffn.worth(made[0], len(hidden), device.target_of(hidden.device)):
+            return None
+        return neuron_ffn.forward(made[0], hidden, weights)
+
+    return run
+
+
+def _route_of(hook: Any, experts: Any) -> Route | None:
+    """Return what a checkpoint's own hook does, None if the route plan cannot."""
+    block, skip = hook.keywords["block"], hook.keywords["skip"]
+    if hasattr(block, "constants"):
+        return None
+    rule = NO_SKIP
+    if skip is not None:
+        value = {"ratio": "beta", "tail": "beta", "fixed_k": "k"}.get(skip["rule"])
+        if value is None or skip.get("factor") or "protect" in skip:
+            return None
+        rule = SkipRule(skip["rule"], float(skip[value]), float(skip["total"]) if skip["renormalise"] else None)
+    mapped = getattr(block, "expert_map", None)
+    return Route(experts.num_experts if mapped is None else len(mapped), mapped, rule)
+
+
+def _fused(hook: Callable[[Any, Routed], Routed], route: Route) -> Callable[[Any, Routed], Routed]:
+    def before(experts: Any, inputs: Routed) -> Routed:
+        hidden = inputs[0]
+        fused = (
+            runs_on(hidden.device)
+            and not torch.is_grad_enabled()
+            and experts.config._experts_implementation == "espalier"
+        )
+        if not fused:
+            experts.espalier_route = None
+            return hook(experts, inputs)
+        mapped = route.expert_map
+        if mapped is not None and mapped.device != hidden.device:
+            mapped = mapped.to(hidden.device)
+        experts.espalier_route = Route(route.rows, mapped, route.skip)
+        return inputs
+
+    return before

@@ -1,0 +1,69 @@
+"""transformers' experts implementation `espalier`: on a CPU packed weights, on a GPU ragged kernels.
+
+What neither runs, transformers' own functions do, and a warning says why.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from espalier.kernels import packed
+from espalier.kernels.expert_layout import ExpertLayout
+
+NAME = "espalier"
+LAYOUT = "_espalier_layout"  # in a module's __dict__: the shape of its weights and their layout
+
+
+def register_experts() -> None:
+    """Make `experts_implementation="espalier"` known to transformers, in this process."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def experts_forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum [T, D] of the experts of a module with transformers' experts interface.
+
+    `hidden` [T, D], `indices` [T, K] and `weights` [T, K] are what a router chose: an index of E, the number of
+    experts, means "no expert", and a token may name an expert twice. Has gradients where they are needed. UserError
+    for weights that hold no data.
+    """
+    if hidden.is_cpu:
+        if torch.compiler.is_compiling():
+            return _uncompiled(module, hidden, indices, weights)
+        return _on_cpu(module, hidden, indices, weights)
+    layout = _layout(module)
+    try:
+        from espalier.kernels import ragged
+
+        reason = ragged.unsupported(layout, hidden.dtype, hidden.device)
+    except ImportError as error:
+        reason = str(error)
+    if reason is None:
+        output: Tensor = ragged.forward(module, layout, hidden, indices, weights)
+        return output
+    packed.warn_once(module, reason, "grouped_mm")
+    output = grouped_mm_experts_forward(module, hidden, indices, weights)
+    return output
+
+
+def _on_cpu(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    reason = packed.unsupported(module)
+    if reason is None:
+        return packed.forward(module, hidden, indices, weights)
+    packed.warn_once(module, reason, "the module's own loop")
+    output: Tensor = type(module).forward.__wrapped__(module, hidden, indices, weights)
+    return output
+
+
+# How many rows an expert has is not known when a graph is made.
+_uncompiled = torch.compiler.disable(_on_cpu)
+
+
+def _layout(module: Any) -> ExpertLayout:
+    """Return the module's layout, found once: it takes trial computations."""
+    known = module.__dict__.get(LAYOUT)
+    if known is None or known[0] != module.down_proj.shape:
+        known = module.__dict__[LAYOUT] = module.down_proj.shape, ExpertLayout.of(module)
+    layout: ExpertLayout = known[1]
+    return layout

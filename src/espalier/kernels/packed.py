@@ -1,0 +1,333 @@
+"""A MoE block's experts on a CPU: tokens sorted by expert, and weights that oneDNN has laid out for its own products.
+
+The first call in inference packs a module's stacked weights and drops the originals, so that memory does not double:
+the module's parameters are then on the meta device, and its class is a subclass whose every use of them (another
+implementation, gradients, `state_dict`, `to`, a copy) first restores them, bit for bit; the next call in inference
+packs again. What writes into a parameter that it got from `model.parameters()` must call `unpack` before: it would
+write into nothing, which raises at the next call, but for writes through `.data`, which torch does not count.
+
+Where weights cannot be packed, and where gradients are needed, the same sorted loop runs with plain products.
+
+Shapes: T tokens, K slots a token, R rows, E experts, D hidden, F expert width.
+"""
+
+import functools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from espalier.errors import UserError
+from espalier.kernels.expert_layout import OWN, ExpertLayout, own_inner
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the plain loop
+KEY = "_espalier_packed"  # in a module's __dict__: its Packed
+_LOCK = threading.RLock()  # threads that serve one model meet at the first call
+
+Product = Callable[[Tensor, int], Tensor]  # rows [R, D] and their expert -> what it makes of them, [R, D]
+
+
+def unsupported(module: Any) -> str | None:
+    """Return why `forward` cannot run the module, or None."""
+    if KEY in module.__dict__ or module.down_proj.dtype in DTYPES:
+        return None
+    return f"weights are {module.down_proj.dtype}".replace("torch.", "")
+
+
+def forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Return the experts' weighted sum [T, D] for hidden [T, D], indices [T, K] and weights [T, K].
+
+    An index >= E means "no expert". A token may name an expert twice. Sums are in float32 at least. UserError when the
+    weights hold no data, or were changed while they were packed.
+    """
+    if module.training or _differentiates(module, hidden, weights):
+        return plain(module, hidden, indices, weights)
+    packed = module.__dict__.get(KEY)
+    if packed is None or not packed.current(module):
+        packed = _pack(module)
+        if packed is None:
+            return plain(module, hidden, indices, weights)
+    output: Tensor = packed.run(module, hidden, indices, weights)
+    return output
+
+
+def plain(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Do what `forward` does with the stacked weights as they are; has gradients."""
+    _restore(module)
+    first, second = (module._parameters.get(name, getattr(module, name)) for name in _stacks(module))
+    if second.is_meta:
+        raise UserError(
+            f"{type(module).__name__}: its weights hold no data (meta device): they were never loaded, or a module "
+            'that shares them has packed them. Load them, or use experts_implementation="grouped_mm".'
+        )
+    first_bias, second_bias = (getattr(module, f"{name}_bias") if module.has_bias else None for name in _stacks(module))
+
+    def product(x: Tensor, stack: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+        weight = stack[expert].t() if module.is_transposed else stack[expert]
+        return functional.linear(x, weight, None if bias is None else bias[expert])
+
+    def run(x: Tensor, expert: int) -> Tensor:
+        inner = own_inner(module, product(x, first, first_bias, expert))
+        return _norm(module, product(inner, second, second_bias, expert))
+
+    return _sorted_sum(run, hidden.to(first.dtype), indices, weights, len(second)).to(hidden.dtype)
+
+
+def unpack(model: nn.Module) -> None:
+    """Give every packed experts module of the model its stacked weights back, bit for bit."""
+    for module in model.modules():
+        _restore(module)
+
+
+@torch.no_grad()
+def reference(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Return what `forward` does as float64 [T, D]: one token and one slot at a time."""
+    first, second = (getattr(module, name).double() for name in _stacks(module))
+    first_bias, second_bias = (
+        getattr(module, f"{name}_bias").double() if module.has_bias else [0.0] * len(second) for name in _stacks(module)
+    )
+    if module.is_transposed:
+        first, second = first.mT, second.mT
+    output = torch.zeros_like(hidden, dtype=torch.float64)
+    for token, slots in enumerate(indices.tolist()):
+        for slot, expert in enumerate(slots):
+            if expert < len(second):
+                inner = own_inner(module, (first[expert] @ hidden[token].double() + first_bias[expert])[None])[0]
+                result = second[expert] @ inner + second_bias[expert]
+                output[token] += weights[token, slot].double() * _norm(module, result[None])[0]
+    return output
+
+
+def warn_once(module: Any, reason: str, instead: str) -> None:
+    """Say, once for each class of modules and reason, what runs instead of the kernel."""
+    _warn(type(module).__name__, reason, instead)
+
+
+@functools.cache
+def _warn(name: str, reason: str, instead: str) -> None:
+    warnings.warn(f'experts_implementation="espalier": {name}: {reason}; {instead} runs instead.', stacklevel=4)
+
+
+class Packed:
+    """The weights of one experts module as oneDNN laid them out."""
+
+    def __init__(self, module: Any) -> None:
+        self.stock = type(module)
+        self.layout = ExpertLayout.of(module)
+        self.dtype: torch.dtype = module.down_proj.dtype
+        self.weights: dict[str, list[Tensor]] = {}  # of each stack, one an expert
+        self.seen: dict[str, tuple[nn.Parameter, int]] = {}  # the parameters without data, and their versions
+        self.product: Any = torch.ops.mkldnn._linear_pointwise.default
+        self.first, self.second = _stacks(module)
+
+    def current(self, module: Any) -> bool:
+        """Whether the module's weights still are the packed ones. UserError when a change to them was lost."""
+        for name, (parameter, version) in self.seen.items():
+            if module._parameters.get(name) is not parameter or not parameter.is_meta:
+                return False
+            if parameter._version != version:
+                raise UserError(
+                    f"{type(module).__name__}: {name} was changed in place while its weights were packed, and the "
+                    "change is lost. Call espalier.kernels.packed.unpack(model) before changing weights."
+                )
+        return len(self.seen) == 2
+
+    def run(self, module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Return what `forward` does."""
+        layout, product = self.layout, self.product
+        firsts, seconds = self.weights[self.first], self.weights[self.second]
+        inner = layout.inner if layout.activation != OWN else functools.partial(own_inner, module)
+        first_bias, second_bias = (
+            (getattr(module, f"{name}_bias") for name in (self.first, self.second)) if layout.biased else (None, None)
+        )
+
+        def run(x: Tensor, expert: int) -> Tensor:
+            bias = None if first_bias is None else first_bias[expert]
+            x = inner(product(x, firsts[expert], bias, "none", (), ""))
+            bias = None if second_bias is None else second_bias[expert]
+            return _norm(module, product(x, seconds[expert], bias, "none", (), ""))
+
+        x = hidden if hidden.dtype is self.dtype else hidden.to(self.dtype)  # autocast has other ideas of it
+        if len(x) > 1:
+            return _sorted_sum(run, x, indices, weights, layout.experts).to(hidden.dtype)
+        shares: dict[int, float] = {}  # a lone token needs no sorting
+        for expert, share in zip(indices.flatten().tolist(), weights.flatten().tolist(), strict=True):
+            if expert < layout.experts:
+                shares[expert] = shares.get(expert, 0.0) + share
+        output = torch.zeros_like(x, dtype=torch.float32)
+        for expert, share in shares.items():
+            output.add_(run(x, expert), alpha=share)
+        return output.to(hidden.dtype)
+
+
+class PackedModule:
+    """What a module's class has before its own while its weights are packed: every use of them restores them."""
+
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _restore(self)._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _restore(self)._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _restore(self)._load_from_state_dict(*args, **kwargs)
+
+    def register_parameter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _restore(self).register_parameter(*args, **kwargs)
+
+    def train(self: Any, mode: bool = True) -> Any:
+        return (_restore(self) if mode else super()).train(mode)  # type: ignore[misc]
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return _restore(self).__reduce_ex__(protocol)
+
+
+@functools.cache
+def _packed_class(stock: type, stacks: tuple[str, ...]) -> type:
+    """Return the class of packed modules of the class `stock`."""
+    names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    uses = {name: property(lambda self, name=name: getattr(_restore(self), name)) for name in stacks}
+    return type(stock.__name__, (PackedModule, stock), names | uses)
+
+
+def _pack(module: Any) -> Packed | None:
+    """Pack the module's weights, one stack at a time; None where that cannot be."""
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        packed = module.__dict__.get(KEY)
+        if packed is not None and packed.current(module):
+            return packed  # by another thread, just now
+        _restore(module)
+        if _obstacle(module):
+            return None
+        packed = Packed(module)
+        module.__class__ = _packed_class(packed.stock, (packed.first, packed.second))
+        module.__dict__[KEY] = packed
+        try:
+            for name in (packed.first, packed.second):
+                parameter = module._parameters[name]
+                stack = parameter.detach().mT if packed.layout.transposed else parameter.detach()
+                packed.weights[name] = [torch.ops.mkldnn._reorder_linear_weight(w.contiguous()) for w in stack]
+                del stack
+                _exchange(parameter, torch.empty_like(parameter, device="meta"))
+                packed.seen[name] = parameter, parameter._version
+        except BaseException:
+            _restore(module)
+            raise
+        return packed
+
+
+def _restore(module: Any) -> Any:
+    """Return the module, with its class and its stacked weights given back if they were packed."""
+    if KEY not in module.__dict__:
+        return module
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        packed = module.__dict__.get(KEY)
+        if packed is None:
+            return module
+        for name, (parameter, _) in list(packed.seen.items()):
+            if module._parameters.get(name) is parameter and parameter.is_meta:  # else there are other weights by now
+                stack = torch.empty_like(parameter, device="cpu")
+                for weight, row in zip(
+                    packed.weights[name], stack.mT if packed.layout.transposed else stack, strict=True
+                ):
+                    row.copy_(weight.to_dense())
+                _exchange(parameter, stack)
+            del packed.seen[name], packed.weights[name]
+        module.__class__ = packed.stock
+        del module.__dict__[KEY]
+    return module
+
+
+def _exchange(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give the parameter other data: it stays the object that an optimizer knows, or a module that shares it."""
+    other = nn.Parameter(data, parameter.requires_grad)
+    other.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, other)
+
+
+def _obstacle(module: Any) -> bool:
+    """Whether the module's weights cannot be packed; warns of what will not change by itself."""
+    stacks = [module._parameters.get(name) for name in _stacks(module)]
+    reason = None
+    if any(type(stack) is not nn.Parameter for stack in stacks):
+        reason = "its weights are not plain parameters"
+    elif any(stack.is_meta for stack in stacks):
+        return True
+    elif hasattr(module, "_hf_hook") or any(hasattr(stack, "_espalier_meta") for stack in stacks):
+        reason = "its weights come and go (offloaded or streamed)"
+    else:
+        reason = _unpackable(stacks[0].dtype)
+    if reason is not None:
+        warn_once(module, reason, "a loop with plain products")
+    return reason is not None or any(_in_use(stack) for stack in stacks)
+
+
+def _in_use(parameter: Any) -> bool:
+    """Whether something beside Python's names knows the parameter's tensor: a graph, a gradient, a hook."""
+    hooks = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    known = parameter._use_count() > 1 or bool(weakref.getweakrefs(parameter))
+    return bool(known or hooks or parameter.grad is not None)
+
+
+@functools.cache
+def _unpackable(dtype: torch.dtype) -> str | None:
+    """Return why this torch and this CPU cannot run packed weights of a dtype, or None: tries it."""
+    if dtype not in (torch.float32, torch.bfloat16):  # float16 products would be rounded in between
+        return f"{dtype} weights are not packed".replace("torch.", "")
+    weight = torch.linspace(-1, 1, 15, dtype=dtype).view(3, 5)
+    x = torch.linspace(1, 2, 10, dtype=dtype).view(2, 5)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        found = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", (), "")
+        exact = torch.equal(packed.to_dense(), weight)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"torch {torch.__version__} cannot pack {dtype} weights here ({str(error).splitlines()[0]})"
+    if not exact or not torch.allclose(found, functional.linear(x, weight), rtol=2e-2, atol=2e-2):
+        return f"torch {torch.__version__} packs {dtype} weights wrongly here"
+    return None
+
+
+def _stacks(module: Any) -> tuple[str, str]:
+    """Return the names of the module's stacked weights."""
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def _norm(module: Any, output: Tensor) -> Tensor:
+    """Return the experts' outputs [R, D] after the norm that some modules have."""
+    normed: Tensor = module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
+    return normed
+
+
+def _differentiates(module: nn.Module, hidden: Tensor, weights: Tensor) -> bool:
+    """Whether the output will have gradients."""
+    return torch.is_grad_enabled() and (
+        hidden.requires_grad or weights.requires_grad or any(p.requires_grad for p in module.parameters())
+    )
+
+
+def _sorted_sum(run: Product, x: Tensor, indices: Tensor, weights: Tensor, experts: int) -> Tensor:
+    """Return the weighted sum [T, D], float32 at least, of what `run` makes of each expert's tokens at once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    expert, order = indices.flatten().sort(stable=True)
+    live = int((expert < experts).sum())
+    expert, order = expert[:live], order[:live]
+    token = order // indices.shape[-1]
+    weight = weights.flatten()[order].to(wide)
+    again = (expert[1:] == expert[:-1]) & (token[1:] == token[:-1])  # the sort is stable: these are neighbours
+    if again.any():
+        new = torch.cat([again.new_ones(1), ~again])
+        weight = weight.new_zeros(int(new.sum())).index_add(0, new.cumsum(0) - 1, weight)
+        expert, token = expert[new], token[new]
+    output = x.new_zeros(x.shape, dtype=wide)
+    start = 0
+    distinct, counts = expert.unique_consecutive(return_counts=True)
+    for number, count in zip(distinct.tolist(), counts.tolist(), strict=True):
+        rows, share = token[start : start + count], weight[start : start + count, None]
+        output.index_add_(0, rows, (run(x[rows], number) * share).to(wide))
+        start += count
+    return output
