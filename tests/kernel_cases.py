@@ -385,7 +385,9 @@ def neurons() -> None:
 
 def gradients() -> None:
     """Gradients of inputs, routing weights, matrices and biases against torch's own of plain loops."""
-    for own in ({}, {"transposed": True, "interleaved": True, "biased": True, "act": "swish", "alpha": 1.7, "limit": 1.0, "shift": 1.0}, {"gated": False}):  # fmt: skip
+    clamped = {"act": "swish", "alpha": 1.7, "limit": 1.0, "shift": 1.0}
+    oss = clamped | {"transposed": True, "interleaved": True, "biased": True}
+    for own in ({}, oss, {"gated": False}):
         where = layout(4, 24, 16, **own)
         block = Block(where, torch.float32)
 

@@ -29,9 +29,9 @@ def experts_forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tenso
     for weights that hold no data.
     """
     if hidden.is_cpu:
-        if torch.compiler.is_compiling():
-            return _uncompiled(module, hidden, indices, weights)
-        return _on_cpu(module, hidden, indices, weights)
+        on_cpu = _uncompiled if torch.compiler.is_compiling() else _on_cpu
+        output: Tensor = on_cpu(module, hidden, indices, weights)
+        return output
     layout = _layout(module)
     try:
         from espalier.kernels import ragged
@@ -40,7 +40,7 @@ def experts_forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tenso
     except ImportError as error:
         reason = str(error)
     if reason is None:
-        output: Tensor = ragged.forward(module, layout, hidden, indices, weights)
+        output = ragged.forward(module, layout, hidden, indices, weights)
         return output
     packed.warn_once(module, reason, "grouped_mm")
     output = grouped_mm_experts_forward(module, hidden, indices, weights)

@@ -59,7 +59,7 @@ def forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Te
 def plain(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Do what `forward` does with the stacked weights as they are; has gradients."""
     _restore(module)
-    first, second = (module._parameters.get(name, getattr(module, name)) for name in _stacks(module))
+    first, second = (getattr(module, name) for name in _stacks(module))
     if second.is_meta:
         raise UserError(
             f"{type(module).__name__}: its weights hold no data (meta device): they were never loaded, or a module "
@@ -117,7 +117,7 @@ class Packed:
     """The weights of one experts module as oneDNN laid them out."""
 
     def __init__(self, module: Any) -> None:
-        self.stock = type(module)
+        self.stock: Any = type(module)
         self.layout = ExpertLayout.of(module)
         self.dtype: torch.dtype = module.down_proj.dtype
         self.weights: dict[str, list[Tensor]] = {}  # of each stack, one an expert
@@ -181,24 +181,31 @@ class PackedModule:
         return _restore(self).register_parameter(*args, **kwargs)
 
     def train(self: Any, mode: bool = True) -> Any:
-        return (_restore(self) if mode else super()).train(mode)  # type: ignore[misc]
+        return _restore(self).train(mode) if mode else super().train(mode)  # type: ignore[misc]
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         return _restore(self).__reduce_ex__(protocol)
+
+
+def _use(name: str) -> property:
+    def weights(self: Any) -> Any:
+        return getattr(_restore(self), name)
+
+    return property(weights)
 
 
 @functools.cache
 def _packed_class(stock: type, stacks: tuple[str, ...]) -> type:
     """Return the class of packed modules of the class `stock`."""
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    uses = {name: property(lambda self, name=name: getattr(_restore(self), name)) for name in stacks}
+    uses = {name: _use(name) for name in stacks}
     return type(stock.__name__, (PackedModule, stock), names | uses)
 
 
 def _pack(module: Any) -> Packed | None:
     """Pack the module's weights, one stack at a time; None where that cannot be."""
     with _LOCK, torch.inference_mode(False), torch.no_grad():
-        packed = module.__dict__.get(KEY)
+        packed: Packed | None = module.__dict__.get(KEY)
         if packed is not None and packed.current(module):
             return packed  # by another thread, just now
         _restore(module)

@@ -171,7 +171,7 @@ def place_settings(slots_a_token: int, rows: int, experts: int, *, paired: bool 
         "BINS": bins,
         "COUNTED": min(512, max(1, 4096 // each)),
         "PLACED": placed,
-        "TILES": max(1, min(64, 4096 // bins)),
+        "TILES": max(1, min(64, 2048 // bins)),
     }
 
 

@@ -1,0 +1,135 @@
+"""Time of a MoE block's experts on a CPU: transformers' `eager` and `grouped_mm` beside `espalier`.
+
+    python benchmarks/experts_cpu.py [--hidden 512] [--width 1792] [--experts 8] [--top-k 2] [--dtypes float32 bfloat16]
+        [--tokens 1 4 16 64 256 1024 4096] [--seconds 8]
+
+Mixtral's experts with random weights, on one thread; every token's experts and weights are drawn by chance. The
+implementations run in turn within each round, in an order that rotates, each round with another input of eight; times
+are CPU time of this thread, so that other jobs disturb all implementations alike. Printed is a Markdown table: the
+median milliseconds of each, and the speed-up of `grouped_mm` and of `espalier` over `eager`: the median over rounds
+of the ratio within a round, with the ratios that 20 and 80 % of the rounds stay below.
+
+First the outputs are compared with a computation in float64; nothing is printed when one differs by more than
+rounding. How much packed weights gain depends on the CPU, so that the table names it.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from espalier.kernels import packed, register
+
+NAMES = ("eager", "grouped_mm", "espalier")
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest output
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def experts(options: argparse.Namespace, dtype: torch.dtype, implementation: str, seed: int = 0) -> Any:
+    """The experts of one block, the same for each implementation."""
+    config = MixtralConfig(
+        hidden_size=options.hidden,
+        intermediate_size=options.width,
+        num_local_experts=options.experts,
+        num_experts_per_tok=options.top_k,
+    )
+    config._experts_implementation = implementation
+    module = MixtralExperts(config).to(dtype).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+    return module
+
+
+def draw(options: argparse.Namespace, tokens: int, dtype: torch.dtype, seed: int) -> Inputs:
+    """Hidden states [T, D], and for each token top_k experts with weights that add up to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, options.hidden, generator=generator).to(dtype)
+    scores = torch.randn(tokens, options.experts, generator=generator)
+    chosen = scores.topk(options.top_k, dim=-1)
+    return hidden, chosen.indices, chosen.values.softmax(dim=-1).to(dtype)
+
+
+def check(modules: dict[str, Any], inputs: Inputs, dtype: str) -> None:
+    """SystemExit unless all implementations compute the same, but for rounding."""
+    module = modules["eager"]
+    hidden, indices, weights = (x[:64] for x in inputs)
+    expected = packed.reference(module, hidden, indices, weights)
+    for name, module in modules.items():
+        error = float((module(hidden, indices, weights).double() - expected).abs().max() / expected.abs().max())
+        if not error <= TOLERANCE[dtype]:
+            raise SystemExit(f"{name}, {dtype}, {len(hidden)} tokens: off by {error:.2g} of the largest output")
+
+
+def measure(modules: dict[str, Any], inputs: list[Inputs], seconds: float) -> dict[str, list[float]]:
+    """Return the seconds of each implementation in each round."""
+    spent: dict[str, list[float]] = {name: [] for name in modules}
+    names, rounds, end = list(modules), 0, time.thread_time() + seconds
+    for module in modules.values():
+        module(*inputs[0])
+    while rounds < 9 or (rounds < 400 and time.thread_time() < end):
+        for place in range(len(names)):
+            name = names[(place + rounds) % len(names)]
+            start = time.thread_time()
+            modules[name](*inputs[rounds % len(inputs)])
+            spent[name].append(time.thread_time() - start)
+        rounds += 1
+    return spent
+
+
+def speed_up(eager: list[float], other: list[float]) -> tuple[float, float, float]:
+    """Return the median of the ratios, and their 20th and 80th percentiles."""
+    ratios = sorted(a / b for a, b in zip(eager, other, strict=True))
+    fifths = statistics.quantiles(ratios, n=5)
+    return statistics.median(ratios), fifths[0], fifths[-1]
+
+
+def cpu() -> str:
+    """What /proc/cpuinfo calls the processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    return f"{fields.get('model name', '?').strip()}, family {fields.get('cpu family', '?').strip()}" + (
+        f", model {fields.get('model', '?').strip()}"
+    )
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--width", type=int, default=1792)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(TOLERANCE))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024, 4096])
+    parser.add_argument("--seconds", type=float, default=8.0, help="CPU seconds a row, at least 9 rounds")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    register()
+    print(
+        f"H={options.hidden}, I={options.width}, E={options.experts}, top-{options.top_k}; {cpu()}; "
+        f"torch {torch.__version__}, 1 thread\n"
+    )
+    print("| tokens | dtype | eager ms | grouped_mm ms | espalier ms | grouped_mm over eager | espalier over eager |")
+    print("|---:|---|---:|---:|---:|---:|---:|")
+    for dtype in options.dtypes:
+        modules = {name: experts(options, getattr(torch, dtype), name) for name in NAMES}
+        for tokens in options.tokens:
+            inputs = [draw(options, tokens, getattr(torch, dtype), seed) for seed in range(8)]
+            check(modules, inputs[0], dtype)
+            spent = measure(modules, inputs, options.seconds)
+            times = " | ".join(f"{1e3 * statistics.median(spent[name]):.2f}" for name in NAMES)
+            ratios = " | ".join(
+                "{:.2f} [{:.2f}, {:.2f}]".format(*speed_up(spent["eager"], spent[name])) for name in NAMES[1:]
+            )
+            print(f"| {tokens} | {dtype} | {times} | {ratios} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
