@@ -29,10 +29,22 @@ def main(refs: Path, *overrides: str) -> None:
     # The blocks lie under a heading of the second level.
     body = re.sub(r"^## ", "### ", body.strip(), flags=re.M)
     replace(ROOT / "docs/results.md", name, f"{made}\n\n{body}")
+    kernels = refs / "kernels.md"
+    if kernels.exists():
+        head, *sections = kernels.read_text().split("\n\n## ")
+        shared = [_shared(section) for section in sections]
+        replace(ROOT / "docs/kernels.md", name, "\n\n".join([made, head.strip(), *filter(None, shared)]))
     if name == README:
         head = "\n".join(line for line in re.split(r"\n### |\n- ", body)[0].splitlines() if SHOWN.match(line))
         note = "Parameters in millions; both ratios, all variants, tasks and intervals, and how to read them: "
         replace(ROOT / "README.md", name, f"{head.strip()}\n\n{note}[docs/results.md](docs/results.md). {made}")
+
+
+def _shared(section: str) -> str:
+    """Return what one row's section says of real routing, under its name."""
+    title, _, rest = section.partition("\n")
+    found = re.search(r"^What the router chose.*?(?=\n\n[^|]|\Z)", rest, flags=re.M | re.S)
+    return f"### {title}\n\n{found.group(0).strip()}" if found else ""
 
 
 def replace(path: Path, name: str, text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from espalier import conf, methods, sources
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
+from espalier.kernel_settings import KernelBench
 from espalier.labels import row_label
 from espalier.speed_settings import Timing
 from espalier.store import Node, Store, canonical, content_hash, digest, write_json
@@ -47,7 +48,7 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
         if row not in rows:
             rows.append(row)
     scores = [id for row in rows for id in row["scores"].values()]
-    scores += [row["speed"] for row in rows if "speed" in row]
+    scores += [row[kind] for kind in ("speed", "kernels") for row in rows if kind in row]
     plans = [row["plan"] for row in rows if row["plan"]]
     baseline = next((n for n, row in enumerate(rows) if row["plan"] is None), None)
     compare = _published(base.get("compare"))
@@ -147,8 +148,22 @@ class _Builder:
             Timing.of(config["speed"])  # a bad key is told before anything runs
             timed = {"speed": config["speed"], "dtype": model["dtype"]}
             row["speed"] = self.add(Node("speed", timed, (weights, fetch), label))
+        if config["kernel"]["name"] != "none":
+            row["kernels"] = self._kernels(config, fetch, weights, model, label)
         # Rows of experiments without tuning keep the form, and so the id, that they had before there was any.
         return row | ({"tuning": config["tuning"]["name"]} if tuned else {})
+
+    def _kernels(self, config: Config, fetch: str, weights: str, model: Config, label: str) -> str:
+        """Add the nodes that time the kernels of a checkpoint, and return the last."""
+        bench = KernelBench.of(config["kernel"])  # a bad key is told before anything runs
+        parents = [weights, fetch]
+        timed: Config = {"kernel": config["kernel"], "dtype": model["dtype"]}
+        if "trace" in bench.routings:
+            tokens, shards = self._tokens(config, fetch), _shards(config["calibration"])
+            traces = [self._probe("routing", each, tokens, model, shards) for each in (weights, fetch)]
+            parents += traces
+            timed["traces"] = traces
+        return self.add(Node("speed", timed, tuple(dict.fromkeys(parents)), label))
 
     def _tune(self, config: Config, fetch: str, weights: str, model: Config, label: str) -> str:
         """Add the nodes that tune `weights`, on a text of their own, and return the last."""

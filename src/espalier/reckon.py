@@ -22,6 +22,8 @@ from espalier.estimate import (
 from espalier.fit_cost import fit_cost
 from espalier.fit_settings import Fitting
 from espalier.hardware import Hardware
+from espalier.kernel_cost import kernel_cost
+from espalier.kernel_settings import KernelBench
 from espalier.methods import build, is_for_dense
 from espalier.running import Running
 from espalier.sizes import Sizes, sizes_of_source
@@ -177,7 +179,11 @@ class Reckoner:
         sizes, original = self._weights(job), self._model(self.store.origin(job))
         if sizes is None or original is None:
             return Cost()
-        timing, dtype = Timing.of(job["config"]["speed"]), str(job["config"]["dtype"])
+        dtype = str(job["config"]["dtype"])
+        if "kernel" in job["config"]:
+            bench = KernelBench.of(job["config"]["kernel"])
+            return kernel_cost(sizes, original, bench, dtype, self.running, self.hardware)
+        timing = Timing.of(job["config"]["speed"])
         length = timing.prompt + timing.new
         tokens = (2 * timing.rounds + 1) * length
         own, other = (

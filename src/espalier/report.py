@@ -29,12 +29,19 @@ class Section:
     body: str
 
 
-def make_report(table: Path, plans: Mapping[str, Path], stats: Sequence[Stats], out: Path) -> Path:
+def make_report(
+    table: Path,
+    plans: Mapping[str, Path],
+    stats: Sequence[Stats],
+    out: Path,
+    kernels: Mapping[str, Document] | None = None,
+) -> Path:
     """Write the report of the table document at `table` to `out` and return it.
 
     plans: plan files by the node ids that the table's lines name. stats: statistics with the probe `usage`, for
-    the heat map of experts and their number (without any, the figures that need them are left out). The figures
-    are saved beside the report too, as `{out's stem}/*.svg`.
+    the heat map of experts and their number (without any, the figures that need them are left out). kernels:
+    documents `espalier.kernel_speed/1` by the label of their row. The figures are saved beside the report too, as
+    `{out's stem}/*.svg`, and tables of kernels as `{out's stem}/kernels.md` and `.csv`.
     """
     document = load_table(table)
     by_label = _first_plans(document["summary"], plans)
@@ -42,6 +49,7 @@ def make_report(table: Path, plans: Mapping[str, Path], stats: Sequence[Stats], 
         Section("results", "Results", _results(document)),
         Section("read", "How to read it", _reading(document)),
         *_figures(document, by_label, stats, out.with_suffix("")),
+        *_kernels(kernels or {}, out.with_suffix("")),
         Section("made", "How it was made", _provenance(document)),
     ]
     with atomic_file(out) as temporary:
@@ -130,6 +138,36 @@ def _figures(document: Document, plans: Mapping[str, Plan], stats: Sequence[Stat
             "Experts joined by the distance of their outputs. Groups below the dashed line (blue) are merged.",
             f"Dendrograms of the layers for {label}.",
         )
+    return sections
+
+
+def _kernels(kernels: Mapping[str, Document], folder: Path) -> list[Section]:
+    """Return the sections about timed kernels, and write their tables into `folder`."""
+    if not kernels:
+        return []
+    from espalier import kernel_plots, kernel_table, plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / "kernels.md") as temporary:
+        temporary.write_text(kernel_table.markdown(kernels), encoding="utf-8")
+    with atomic_file(folder / "kernels.csv") as temporary:
+        kernel_table.timed_frame(kernels).to_csv(temporary, index=False)
+    element = plots.svg(kernel_plots.roofline(kernels))
+    plots.save(element, folder / "roofline.svg")
+    said = "FLOPs a second of each implementation against FLOPs a byte, under what the machine can do at most."
+    summary = (
+        "Our kernels beside transformers' best and the uncompressed block, each row in one run; medians of ratios."
+    )
+    body = _table(*kernel_table.summary_rows(kernels), summary) + _figure(element, said, "Rooflines, a panel a row.")
+    sections = [Section("roofline", "Kernels and the roofline", body)]
+    for number, (label, document) in enumerate(kernels.items()):
+        body = _table(*kernel_table.timed_rows(document), kernel_table.caption(document))
+        if document["routing"]:
+            shared = "What the router chose on the calibration text: what merging joins, and the experts of a batch."
+            body += _table(*kernel_table.routing_rows(document), shared)
+        if document["compiled"]:
+            body += _table(*kernel_table.compiled_rows(document), kernel_table.COMPILED)
+        sections.append(Section(f"kernels-{number}", f"Kernels: {label}", body))
     return sections
 
 

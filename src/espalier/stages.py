@@ -245,13 +245,32 @@ def _score(node: Document, store: Store, artefact: Path, record: Document) -> No
 
 
 def _speed(node: Document, store: Store, artefact: Path, record: Document) -> None:
+    config, running = node["config"], Running.of(runtime(store)["runtime"])
+    original = _directory(store.origin(node), store)
+    if "kernel" in config:
+        _kernels(node, store, artefact, original, running.torch_device())
+        return
     from espalier.speed import measure_speed
     from espalier.speed_settings import Timing
 
-    config, running = node["config"], Running.of(runtime(store)["runtime"])
-    original = _directory(store.origin(node), store)
     timing = Timing.of(config["speed"])
     document = measure_speed(weights(node, store), original, timing, config["dtype"], running)
+    write_json(artefact, document | {"node": node["id"]})
+
+
+def _kernels(node: Document, store: Store, artefact: Path, original: Path, place: str) -> None:
+    from espalier.kernel_settings import KernelBench
+    from espalier.kernel_speed import Traces, measure_kernels
+    from espalier.stats import Stats
+
+    config = node["config"]
+    own, before = (
+        (Stats.load(store.path(store.read_node(id)), probes=("routing",)) for id in config["traces"])
+        if "traces" in config
+        else (None, None)
+    )
+    bench = KernelBench.of(config["kernel"])
+    document = measure_kernels(weights(node, store), original, bench, config["dtype"], place, Traces(own, before))
     write_json(artefact, document | {"node": node["id"]})
 
 
@@ -269,7 +288,10 @@ def _report(node: Document, store: Store, artefact: Path, record: Document) -> N
     table = store.path(next(parent for parent in parents if parent["stage"] == "table"))
     plans = {parent["id"]: store.path(parent) for parent in parents if parent["stage"] == "plan"}
     usage = [Stats.load(store.path(p), probes=("usage",)) for p in parents if p["stage"] == "probe"]
-    make_report(table, plans, usage, artefact)
+    rows = store.parent(node, "table")["config"]["rows"]
+    paths = {row["label"]: store.path(store.read_node(row["kernels"])) for row in rows if "kernels" in row}
+    kernels = {label: read_json(path, "espalier.kernel_speed/1") for label, path in paths.items()}
+    make_report(table, plans, usage, artefact, kernels)
     link_names(node, store)
 
 
@@ -280,6 +302,9 @@ def link_names(node: Document, store: Store) -> None:
     targets = {"report.html": store.path(node)}
     for suffix in (".json", ".md", ".csv", ".tex", ".parquet"):
         targets[f"table{suffix}"] = store.path(table).with_suffix(suffix)
+    if any("kernels" in row for row in table["config"]["rows"]):
+        folder = store.path(node).with_suffix("")
+        targets |= {f"kernels{suffix}": folder / f"kernels{suffix}" for suffix in (".md", ".csv")}
     for row in table["config"]["rows"]:
         if row["plan"]:
             seed = "" if row["seed"] is None else f" seed {row['seed']}"

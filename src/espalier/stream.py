@@ -144,6 +144,16 @@ class StreamedModel:
             self._free.clear()
 
     @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Load one decoder layer alone."""
+        layer = self.layers[index]
+        _assign(self.model, layer, self._read_layer(index), f"{self._decoder_name}.layers.{index}.")
+        try:
+            yield layer
+        finally:
+            _release(layer)
+
+    @contextlib.contextmanager
     def head(self, states: Activations) -> Iterator[Head]:
         """Load what follows the layers (final norm, output head); `states` are the last layer's outputs."""
         self._states = states

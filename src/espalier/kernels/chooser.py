@@ -121,13 +121,23 @@ def _tile(constants: dict[str, int], options: dict[str, int]) -> str:
     return " ".join(map(str, [*tile, constants.get("SPLIT", 1), options.get("num_warps"), options.get("num_stages")]))
 
 
-def occupancy(config: TileConfig, kernel: str, target: Target) -> int:
-    """Return how many programs a unit holds at once; 0 where the compiler's facts forbid the configuration."""
+def facts(config: TileConfig, kernel: str, target: Target) -> dict[str, int] | None:
+    """Return registers a thread, bytes spilled and shared, and the programs a unit holds; None if not compiled."""
     constants = config.constants() | {"SPLIT": config.split if kernel == "ragged_matmul" else 1}
     fact = _facts().get((target.name, kernel, _tile(constants, config.options())))
-    if fact is None or fact[1] or fact[2] > target.shared_block:
+    if fact is None:
+        return None
+    registers, spilled, shared = fact
+    programs = target.occupancy(registers, shared, config.warps)
+    return {"registers": registers, "spilled": spilled, "shared": shared, "programs": programs}
+
+
+def occupancy(config: TileConfig, kernel: str, target: Target) -> int:
+    """Return how many programs a unit holds at once; 0 where the compiler's facts forbid the configuration."""
+    found = facts(config, kernel, target)
+    if found is None or found["spilled"] or found["shared"] > target.shared_block:
         return 0
-    return target.occupancy(fact[0], fact[2], config.warps)
+    return found["programs"]
 
 
 def histogram(experts: Sequence[int], number: int) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ has one order: a CUDA graph can hold all of it, and equal inputs give equal bits
 Programs of `compact` do not wait for each other: each counts the tokens before its own, then places its own. For
 262,144 tokens the 64 programs read 42 MB between them, of 1.3 MB that the second-level cache holds (float32 scores, a
 byte of mask); the last one counts in 32 rounds, reckoned at 20 microseconds, where moving the rows (4096 columns of
-bf16) takes more than a thousand. So there is one level, and the cost is linear in the tokens: no more programs.
+bf16, all kept) takes more than a thousand. So there is one level; the cost is linear in the tokens, as programs are not
+more for more of them.
 
 Shapes: B sequences of L tokens, N = B L, D hidden.
 """
@@ -26,7 +27,7 @@ from espalier.kernels.jit import jit, power_of_2, runs_on, tl
 
 PROGRAMS = 64  # at most, of `compact`
 COUNTED, PLACED = 8192, 1024  # tokens at once
-COLUMNS = 2048  # of a row, at once: four warps have four loads of 16 bytes a thread on their way
+COLUMNS = 2048  # of a row, at once: in bf16 two loads of 16 bytes for every thread of four warps
 WIDEST = 16384  # row that a norm holds in registers
 MOST = 2**30  # tokens: places and the ends of blocks are 32 bits
 SCORES = (torch.float32, torch.float16, torch.bfloat16, torch.bool)
@@ -53,7 +54,7 @@ def compact_tokens(
     MASKED: tl.constexpr, COUNTED: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """A program counts the tokens before its `own` ones, a multiple of PLACED, and places these."""
-    begin = min(tl.program_id(0) * own, tokens)
+    begin = tl.program_id(0) * own
     counts = tl.zeros((COUNTED,), tl.int32)  # added up once, after the loop
     for start in range(0, begin, COUNTED):
         token = start + tl.arange(0, COUNTED)
@@ -112,17 +113,14 @@ def scatter_add(
     GATED: tl.constexpr, IN_PLACE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out[t] = x[t] + gate[t] y[place[t]]. A program has a token, or if IN_PLACE a place: `other` is place or index."""
+    own = tl.program_id(0)
+    found = tl.load(other + own)
+    token, row = own, found
     if IN_PLACE:
-        row = tl.program_id(0)
-        token = tl.load(other + row)
-        enters = token >= 0
-    else:
-        token = tl.program_id(0)
-        row = tl.load(other + token)
-        enters = row >= 0
+        token, row = found, own
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     of, to = x + token.to(tl.int64) * stride_x + d, out + token.to(tl.int64) * stride_out + d
-    if enters:
+    if found >= 0:
         part = tl.load(y + row.to(tl.int64) * stride_y + d, mask=d < D, other=0.0).to(tl.float32)
         if GATED:
             part *= tl.load(gate + token).to(tl.float32)
@@ -164,26 +162,17 @@ def compact(score: Tensor, threshold: float, mask: Tensor | None = None) -> Comp
     are chosen already, with threshold 0; `mask` [B, L] is bool or of integers. UserError for other shapes or dtypes.
     """
     _check_scores(score, threshold, mask)
-    if not runs_on(score.device):
+    (batch, length), tokens = score.shape, score.numel()
+    if not (runs_on(score.device) and tokens):
         return reference_compact(score, threshold, mask)
-    batch, length = score.shape
-    tokens = batch * length
-    index = torch.empty(tokens, dtype=torch.int32, device=score.device)
-    place = torch.empty_like(index)
-    found = Compaction(index, torch.empty(batch + 1, dtype=torch.int32, device=score.device), place)
-    if not tokens:
-        found.cu_seqlens.zero_()
-        return found
-    blocks = -(-tokens // PLACED)
-    programs = min(PROGRAMS, blocks)
-    score = _bytes(score)
+    sizes, own = (tokens, batch + 1, tokens), -(-tokens // (PROGRAMS * PLACED)) * PLACED
+    index, cu_seqlens, place = (torch.empty(size, dtype=torch.int32, device=score.device) for size in sizes)
     with torch.cuda.device_of(score):
-        compact_tokens[(programs,)](
-            score, score if mask is None else _bytes(mask), index, found.cu_seqlens, place, tokens, length,
-            -(-blocks // programs) * PLACED, float(threshold),
-            MASKED=mask is not None, COUNTED=COUNTED, PLACED=PLACED, num_warps=8, num_stages=1,
+        compact_tokens[(-(-tokens // own),)](
+            _bytes(score), _bytes(score if mask is None else mask), index, cu_seqlens, place, tokens, length, own,
+            float(threshold), MASKED=mask is not None, COUNTED=COUNTED, PLACED=PLACED, num_warps=8, num_stages=1,
         )  # fmt: skip
-    return found
+    return Compaction(index, cu_seqlens, place)
 
 
 def reference_compact(score: Tensor, threshold: float, mask: Tensor | None = None) -> Compaction:
@@ -209,12 +198,9 @@ def gather_rows(x: Tensor, compaction: Compaction, weight: Tensor | None = None,
     their own gradients are not read. In grad mode the norm is torch's, after the kernel. UserError for other shapes.
     """
     _check_rows("gather_rows: x", x, compaction, FLOATS if weight is not None else MOVED)
-    if weight is not None and (tuple(weight.shape) != x.shape[1:] or weight.dtype not in FLOATS):
-        raise UserError(
-            f"gather_rows: the norm's weight is {list(weight.shape)} of {weight.dtype}, rows have {x.shape[1]} "
-            f"columns. Give float32, float16 or bfloat16 of [{x.shape[1]}]."
-        )
-    if not runs_on(x.device):
+    if weight is not None:
+        _check_vector("gather_rows: the norm's weight", weight, x.shape[1], x)
+    if not (runs_on(x.device) and x.numel()):
         return reference_gather_rows(x, compaction, weight, eps)
     graded = torch.is_grad_enabled()
     if weight is None or graded or x.shape[1] > WIDEST:
@@ -223,13 +209,12 @@ def gather_rows(x: Tensor, compaction: Compaction, weight: Tensor | None = None,
             return moved
         return _rms_norm(moved, weight, eps).masked_fill((compaction.index < 0)[:, None], 0.0)
     out = x.new_empty(x.shape, dtype=torch.promote_types(weight.dtype, x.dtype))
-    if x.numel():
-        block, x = power_of_2(x.shape[1]), _columns_together(x)
-        with torch.cuda.device_of(x):
-            norm_rows[(len(x),)](
-                x, compaction.index, weight.contiguous(), out, x.shape[1], x.stride(0), out.stride(0), float(eps),
-                BD=block, num_warps=_warps(block),
-            )  # fmt: skip
+    block, x = power_of_2(x.shape[1]), _columns_together(x)
+    with torch.cuda.device_of(x):
+        norm_rows[(len(x),)](
+            x, compaction.index, weight.contiguous(), out, x.shape[1], x.stride(0), out.stride(0), float(eps),
+            BD=block, num_warps=_warps(block),
+        )  # fmt: skip
     return out
 
 
@@ -254,17 +239,13 @@ def scatter_add_rows(
     _check_rows("scatter_add_rows: y", y, compaction, FLOATS)
     if x.shape != y.shape:
         raise UserError(f"scatter_add_rows: x has {x.shape[1]} columns and y {y.shape[1]}. Give both the same.")
-    if gate is not None and (gate.shape != x.shape[:1] or gate.dtype not in FLOATS):
-        raise UserError(
-            f"scatter_add_rows: gate is {list(gate.shape)} of {gate.dtype} for {len(x)} tokens. Give float32, float16 "
-            f"or bfloat16 of [{len(x)}], by token: gate.flatten()."
-        )
+    if gate is not None:
+        _check_vector("scatter_add_rows: gate, a number a token,", gate, len(x), x)
     if in_place and not (x.is_contiguous() or (x.stride(1) == 1 and x.stride(0) >= x.shape[1])):
         raise UserError(
-            f"scatter_add_rows: x cannot be overwritten with strides {x.stride()} for {x.shape[1]} columns: give "
-            "x.contiguous(), or leave in_place out."
+            f"scatter_add_rows: x has strides {x.stride()} for {x.shape[1]} columns. Give x.contiguous() to overwrite."
         )
-    if not runs_on(x.device):
+    if not (runs_on(x.device) and x.numel()):
         found = reference_scatter_add_rows(x, y, compaction, gate)
         return x.copy_(found) if in_place else found
     added: Tensor = _ScatterAdd.apply(x, y, gate, compaction.index, compaction.place, in_place)
@@ -327,14 +308,14 @@ class _ScatterAdd(torch.autograd.Function):
             ctx.mark_dirty(x)
         out = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         x = x if in_place else _columns_together(x)
-        if x.numel():
-            y, block = _columns_together(y), min(COLUMNS, power_of_2(x.shape[1]))
-            with torch.cuda.device_of(x):
-                scatter_add[(len(x), -(-x.shape[1] // block))](
-                    x, y, x if gate is None else gate.contiguous(), index if in_place else place, out, x.shape[1],
-                    x.stride(0), y.stride(0), out.stride(0),
-                    GATED=gate is not None, IN_PLACE=in_place, BD=block, num_warps=4,
-                )  # fmt: skip
+        y, width = _columns_together(y), x.shape[1]
+        block = min(COLUMNS, power_of_2(width))
+        with torch.cuda.device_of(x):
+            scatter_add[(len(x), -(-width // block))](
+                x, y, x if gate is None else gate.contiguous(), index if in_place else place, out,
+                width, x.stride(0), y.stride(0), out.stride(0),
+                GATED=gate is not None, IN_PLACE=in_place, BD=block, num_warps=4,
+            )  # fmt: skip
         return out
 
     @staticmethod
@@ -344,7 +325,7 @@ class _ScatterAdd(torch.autograd.Function):
         _, wants_y, wants_gate, *_ = ctx.needs_input_grad
         for_y = torch.empty(grad.shape, dtype=ctx.y_dtype, device=grad.device) if wants_y else None
         for_gate = torch.zeros_like(gate, memory_format=torch.contiguous_format) if wants_gate else None
-        if grad.numel() and (wants_y or wants_gate):
+        if wants_y or wants_gate:
             rows, width = _columns_together(grad), grad.shape[1]
             factors = rows if y is None else _columns_together(y)
             with torch.cuda.device_of(rows):
@@ -360,12 +341,11 @@ class _ScatterAdd(torch.autograd.Function):
 def _moved(x: Tensor, source: Tensor, filled: bool) -> Tensor:
     """Return x[source] [N, D]; where the source is -1, zero if `filled`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        x, block = _columns_together(x), min(COLUMNS, power_of_2(x.shape[1]))
-        with torch.cuda.device_of(x):
-            move_rows[(len(x), -(-x.shape[1] // block))](
-                x, source, out, x.shape[1], x.stride(0), out.stride(0), FILLED=filled, BD=block, num_warps=4
-            )
+    x, block = _columns_together(x), min(COLUMNS, power_of_2(x.shape[1]))
+    with torch.cuda.device_of(x):
+        move_rows[(len(x), -(-x.shape[1] // block))](
+            x, source, out, x.shape[1], x.stride(0), out.stride(0), FILLED=filled, BD=block, num_warps=4
+        )
     return out
 
 
@@ -389,16 +369,13 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _check_scores(score: Tensor, threshold: float, mask: Tensor | None) -> None:
-    if score.dim() != 2 or score.dtype not in SCORES or score.numel() >= MOST:
+    if score.dim() != 2 or score.dtype not in SCORES or score.numel() > MOST:
         raise UserError(
             f"compact: score is {list(score.shape)} of {score.dtype}. Give one number a token, [B, L] of float32, "
-            f"float16, bfloat16 or bool, fewer than {MOST:,}."
+            f"float16, bfloat16 or bool, at most {MOST:,}."
         )
     if isinstance(threshold, Tensor):
-        raise UserError(
-            f"compact: threshold is a tensor {list(threshold.shape)}, which the host would have to read. Give a "
-            "number, or score - threshold and 0."
-        )
+        raise UserError("compact: threshold is a tensor, which the host would have to read. Give score - threshold, 0.")
     if mask is not None and (mask.shape != score.shape or mask.is_floating_point() or mask.device != score.device):
         raise UserError(
             f"compact: mask is {list(mask.shape)} of {mask.dtype} on {mask.device}, score {list(score.shape)} on "
@@ -412,4 +389,12 @@ def _check_rows(name: str, x: Tensor, compaction: Compaction, dtypes: tuple[torc
         raise UserError(
             f"{name} is {list(x.shape)} of {x.dtype} on {x.device}, the compaction has {tokens} tokens on {device}. "
             f"Give [{tokens}, D] of {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} there."
+        )
+
+
+def _check_vector(name: str, given: Tensor, size: int, x: Tensor) -> None:
+    if tuple(given.shape) != (size,) or given.dtype not in FLOATS or given.device != x.device:
+        raise UserError(
+            f"{name} is {list(given.shape)} of {given.dtype} on {given.device}. Give [{size}] of float32, float16 or "
+            f"bfloat16 on {x.device}."
         )

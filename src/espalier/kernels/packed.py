@@ -27,6 +27,9 @@ from espalier.kernels.expert_layout import OWN, ExpertLayout, own_inner
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the plain loop
 KEY = "_espalier_packed"  # in a module's __dict__: its Packed
+# Elements of an expert's second weights from which on oneDNN gains more than its calls cost, 10 us each (measured).
+LEAST = {torch.float32: 1 << 17, torch.bfloat16: 1 << 14}
+TOGETHER = 256  # rows of neighbouring experts that are gathered, and added, at once
 _LOCK = threading.RLock()  # threads that serve one model meet at the first call
 
 Product = Callable[[Tensor, int], Tensor]  # rows [R, D] and their expert -> what it makes of them, [R, D]
@@ -47,13 +50,10 @@ def forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Te
     """
     if module.training or _differentiates(module, hidden, weights):
         return plain(module, hidden, indices, weights)
-    packed = module.__dict__.get(KEY)
+    packed: Packed | None = module.__dict__.get(KEY)
     if packed is None or not packed.current(module):
         packed = _pack(module)
-        if packed is None:
-            return plain(module, hidden, indices, weights)
-    output: Tensor = packed.run(module, hidden, indices, weights)
-    return output
+    return (packed.run if packed else plain)(module, hidden, indices, weights)
 
 
 def plain(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def plain(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tens
         inner = own_inner(module, product(x, first, first_bias, expert))
         return _norm(module, product(inner, second, second_bias, expert))
 
-    return _sorted_sum(run, hidden.to(first.dtype), indices, weights, len(second)).to(hidden.dtype)
+    return _weighted_sum(run, hidden.to(first.dtype), indices, weights, len(second)).to(hidden.dtype)
 
 
 def unpack(model: nn.Module) -> None:
@@ -110,7 +110,7 @@ def warn_once(module: Any, reason: str, instead: str) -> None:
 
 @functools.cache
 def _warn(name: str, reason: str, instead: str) -> None:
-    warnings.warn(f'experts_implementation="espalier": {name}: {reason}; {instead} runs instead.', stacklevel=4)
+    warnings.warn(f'experts_implementation="espalier": {name}: {reason}; {instead} runs instead.', stacklevel=2)
 
 
 class Packed:
@@ -137,32 +137,32 @@ class Packed:
                 )
         return len(self.seen) == 2
 
+    def inner(self, module: Any, projected: Tensor) -> Tensor:
+        """Return the inner activations [R, F] of the first product, [R, 2F] or [R, F]."""
+        layout = self.layout
+        if layout.activation == OWN:
+            return own_inner(module, projected)
+        if not layout.gated or layout.interleaved or layout.limit is not None or layout.shift:
+            return layout.inner(projected)
+        gate, up = projected.chunk(2, dim=-1)
+        return layout.act(gate).mul_(up)  # in place: nobody asks for gradients here
+
     def run(self, module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Return what `forward` does."""
         layout, product = self.layout, self.product
         firsts, seconds = self.weights[self.first], self.weights[self.second]
-        inner = layout.inner if layout.activation != OWN else functools.partial(own_inner, module)
         first_bias, second_bias = (
             (getattr(module, f"{name}_bias") for name in (self.first, self.second)) if layout.biased else (None, None)
         )
 
         def run(x: Tensor, expert: int) -> Tensor:
             bias = None if first_bias is None else first_bias[expert]
-            x = inner(product(x, firsts[expert], bias, "none", (), ""))
+            x = self.inner(module, product(x, firsts[expert], bias, "none", (), ""))
             bias = None if second_bias is None else second_bias[expert]
             return _norm(module, product(x, seconds[expert], bias, "none", (), ""))
 
         x = hidden if hidden.dtype is self.dtype else hidden.to(self.dtype)  # autocast has other ideas of it
-        if len(x) > 1:
-            return _sorted_sum(run, x, indices, weights, layout.experts).to(hidden.dtype)
-        shares: dict[int, float] = {}  # a lone token needs no sorting
-        for expert, share in zip(indices.flatten().tolist(), weights.flatten().tolist(), strict=True):
-            if expert < layout.experts:
-                shares[expert] = shares.get(expert, 0.0) + share
-        output = torch.zeros_like(x, dtype=torch.float32)
-        for expert, share in shares.items():
-            output.add_(run(x, expert), alpha=share)
-        return output.to(hidden.dtype)
+        return _weighted_sum(run, x, indices, weights, layout.experts).to(hidden.dtype)
 
 
 class PackedModule:
@@ -203,7 +203,9 @@ def _packed_class(stock: type, stacks: tuple[str, ...]) -> type:
 
 
 def _pack(module: Any) -> Packed | None:
-    """Pack the module's weights, one stack at a time; None where that cannot be."""
+    """Pack the module's weights, one stack at a time; None where that cannot be, or gains nothing."""
+    if KEY not in module.__dict__ and module.down_proj[0].numel() < LEAST.get(module.down_proj.dtype, 0):
+        return None
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         packed: Packed | None = module.__dict__.get(KEY)
         if packed is not None and packed.current(module):
@@ -271,7 +273,8 @@ def _obstacle(module: Any) -> bool:
         reason = _unpackable(stacks[0].dtype)
     if reason is not None:
         warn_once(module, reason, "a loop with plain products")
-    return reason is not None or any(_in_use(stack) for stack in stacks)
+        return True
+    return any(_in_use(stack) for stack in stacks)
 
 
 def _in_use(parameter: Any) -> bool:
@@ -317,9 +320,18 @@ def _differentiates(module: nn.Module, hidden: Tensor, weights: Tensor) -> bool:
     )
 
 
-def _sorted_sum(run: Product, x: Tensor, indices: Tensor, weights: Tensor, experts: int) -> Tensor:
+def _weighted_sum(run: Product, x: Tensor, indices: Tensor, weights: Tensor, experts: int) -> Tensor:
     """Return the weighted sum [T, D], float32 at least, of what `run` makes of each expert's tokens at once."""
     wide = torch.promote_types(x.dtype, torch.float32)
+    output = x.new_zeros(x.shape, dtype=wide)
+    if len(x) == 1 and not torch.is_grad_enabled():  # nothing to sort, and no graph that needs the weights
+        shares: dict[int, float] = {}
+        for number, part in zip(indices.flatten().tolist(), weights.flatten().tolist(), strict=True):
+            if number < experts:
+                shares[number] = shares.get(number, 0.0) + part
+        for number, part in shares.items():
+            output.add_(run(x, number), alpha=part)
+        return output
     expert, order = indices.flatten().sort(stable=True)
     live = int((expert < experts).sum())
     expert, order = expert[:live], order[:live]
@@ -330,11 +342,15 @@ def _sorted_sum(run: Product, x: Tensor, indices: Tensor, weights: Tensor, exper
         new = torch.cat([again.new_ones(1), ~again])
         weight = weight.new_zeros(int(new.sum())).index_add(0, new.cumsum(0) - 1, weight)
         expert, token = expert[new], token[new]
-    output = x.new_zeros(x.shape, dtype=wide)
-    start = 0
-    distinct, counts = expert.unique_consecutive(return_counts=True)
-    for number, count in zip(distinct.tolist(), counts.tolist(), strict=True):
-        rows, share = token[start : start + count], weight[start : start + count, None]
-        output.index_add_(0, rows, (run(x[rows], number) * share).to(wide))
-        start += count
+    distinct, counts = (found.tolist() for found in expert.unique_consecutive(return_counts=True))
+    first = start = 0
+    while first < len(distinct):
+        last, rows = first + 1, counts[first]
+        while last < len(distinct) and rows + counts[last] <= TOGETHER:
+            rows, last = rows + counts[last], last + 1
+        here, share = token[start : start + rows], weight[start : start + rows, None]
+        parts = x.index_select(0, here).split(counts[first:last])
+        made = torch.cat([run(part, number) for part, number in zip(parts, distinct[first:last], strict=True)])
+        output.index_add_(0, here, made.to(wide).mul_(share))
+        first, start = last, start + rows
     return output
