@@ -7,18 +7,8 @@ from publish import replace
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
-    "GPU",
-    "kernel",
-    "for",
-    "tile",
-    "warps",
-    "stages",
-    "registers",
-    "spilled",
-    "shared bytes",
-    "a unit",
-    "products",
-)
+    "GPU", "kernel", "for", "tile", "warps", "stages", "registers", "spilled", "shared bytes", "a unit", "products",
+)  # fmt: skip
 
 
 def table() -> str:

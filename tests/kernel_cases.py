@@ -435,6 +435,58 @@ def gradients() -> None:
         print("gradients", own)
 
 
+def logits_of(directory, implementation: str) -> Tensor:  # type: ignore[no-untyped-def]
+    """Logits [2, 9, V] of a checkpoint, with whatever kernels it can use where these are asked for."""
+    from transformers import AutoModelForCausalLM
+
+    from espalier import kernels
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=True, dtype=torch.float32, experts_implementation=implementation
+    ).eval()
+    if implementation == "espalier":
+        print(directory.parent.name, "attached", kernels.attach(model))
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def models() -> None:
+    """Whole models of every family, stock and compressed: the logits of transformers' own loop."""
+    import tempfile
+    from pathlib import Path
+
+    from example_plans import example_plan
+    from tiny import FAMILIES, save_tiny
+
+    from espalier import kernels
+    from espalier.apply import apply
+
+    kernels.register()
+    with tempfile.TemporaryDirectory() as folder:
+        for family in FAMILIES:
+            if family == "llama4_text":  # has no choice of implementations
+                continue
+            source = save_tiny(family, Path(folder) / family / "source", torch.float32)
+            wanted = logits_of(source, "eager")
+            found = logits_of(source, "espalier")
+            assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), family
+        kinds = (
+            "remap", "few", "skip", "skip_tail", "skip_fixed_k", "remap_skip", "keep_skip", "constant_skip",
+            "skip_top_p", "skip_factor", "neurons", "narrow",
+        )  # fmt: skip
+        for family, own in (
+            ("mixtral", kinds),
+            ("gpt_oss", ("remap", "skip", "remap_skip")),
+            ("deepseek_v2", ("remap_skip",)),
+        ):
+            for kind in own:
+                out = Path(folder) / f"{family}-{kind}" / "out"
+                apply(Path(folder) / family / "source", example_plan(family, kind), out, prove=False)
+                wanted, found = logits_of(out, "eager"), logits_of(out, "espalier")
+                assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), (family, kind)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     globals()[sys.argv[1]]()

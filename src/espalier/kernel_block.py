@@ -88,6 +88,9 @@ class LoadedBlock:
             if len(token):
                 y = expert_output(wide, hidden[token].float(), expert)
                 out.index_add_(0, token, y * weights[token, slot, None].float())
+        for after in self.experts._forward_hooks.values():  # vectors that stand for experts
+            changed = after(self.experts, (hidden, indices, weights), out)
+            out = out if changed is None else changed
         return out
 
     def _routed(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Routed:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from espalier.kernels import packed
+from espalier.kernels import jit, packed
 from espalier.kernels.expert_layout import ExpertLayout
 
 NAME = "espalier"
@@ -28,7 +28,7 @@ def experts_forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tenso
     experts, means "no expert", and a token may name an expert twice. Has gradients where they are needed. UserError
     for weights that hold no data.
     """
-    if hidden.is_cpu:
+    if hidden.is_cpu and not jit.INTERPRETED:
         on_cpu = _uncompiled if torch.compiler.is_compiling() else _on_cpu
         output: Tensor = on_cpu(module, hidden, indices, weights)
         return output

@@ -11,6 +11,7 @@ Where weights cannot be packed, and where gradients are needed, the same sorted 
 Shapes: T tokens, K slots a token, R rows, E experts, D hidden, F expert width.
 """
 
+import copy
 import functools
 import threading
 import warnings
@@ -39,7 +40,7 @@ def unsupported(module: Any) -> str | None:
     """Return why `forward` cannot run the module, or None."""
     if KEY in module.__dict__ or module.down_proj.dtype in DTYPES:
         return None
-    return f"weights are {module.down_proj.dtype}".replace("torch.", "")
+    return f"weights are {_name(module.down_proj.dtype)}"
 
 
 def forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -63,7 +64,8 @@ def plain(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tens
     if second.is_meta:
         raise UserError(
             f"{type(module).__name__}: its weights hold no data (meta device): they were never loaded, or a module "
-            'that shares them has packed them. Load them, or use experts_implementation="grouped_mm".'
+            "that shares them has packed them. Load them, or call espalier.kernels.packed.unpack(model) and set "
+            "another experts implementation."
         )
     first_bias, second_bias = (getattr(module, f"{name}_bias") if module.has_bias else None for name in _stacks(module))
 
@@ -73,7 +75,10 @@ def plain(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tens
 
     def run(x: Tensor, expert: int) -> Tensor:
         inner = own_inner(module, product(x, first, first_bias, expert))
-        return _norm(module, product(inner, second, second_bias, expert))
+        x = product(inner, second, second_bias, expert)
+        if _normed(module):
+            x = module.post_expert_norm(x)
+        return x
 
     return _weighted_sum(run, hidden.to(first.dtype), indices, weights, len(second)).to(hidden.dtype)
 
@@ -93,13 +98,14 @@ def reference(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> 
     )
     if module.is_transposed:
         first, second = first.mT, second.mT
+    norm = copy.deepcopy(module.post_expert_norm).double() if _normed(module) else nn.Identity()
     output = torch.zeros_like(hidden, dtype=torch.float64)
     for token, slots in enumerate(indices.tolist()):
         for slot, expert in enumerate(slots):
             if expert < len(second):
                 inner = own_inner(module, (first[expert] @ hidden[token].double() + first_bias[expert])[None])[0]
                 result = second[expert] @ inner + second_bias[expert]
-                output[token] += weights[token, slot].double() * _norm(module, result[None])[0]
+                output[token] += weights[token, slot].double() * norm(result)
     return output
 
 
@@ -159,7 +165,10 @@ class Packed:
             bias = None if first_bias is None else first_bias[expert]
             x = self.inner(module, product(x, firsts[expert], bias, "none", (), ""))
             bias = None if second_bias is None else second_bias[expert]
-            return _norm(module, product(x, seconds[expert], bias, "none", (), ""))
+            x = product(x, seconds[expert], bias, "none", (), "")
+            if layout.normed:
+                x = module.post_expert_norm(x)
+            return x
 
         x = hidden if hidden.dtype is self.dtype else hidden.to(self.dtype)  # autocast has other ideas of it
         return _weighted_sum(run, x, indices, weights, layout.experts).to(hidden.dtype)
@@ -287,8 +296,8 @@ def _in_use(parameter: Any) -> bool:
 @functools.cache
 def _unpackable(dtype: torch.dtype) -> str | None:
     """Return why this torch and this CPU cannot run packed weights of a dtype, or None: tries it."""
-    if dtype not in (torch.float32, torch.bfloat16):  # float16 products would be rounded in between
-        return f"{dtype} weights are not packed".replace("torch.", "")
+    if dtype not in LEAST:  # float16 takes CPUs on which its gain was not measured
+        return f"{_name(dtype)} weights are not packed"
     weight = torch.linspace(-1, 1, 15, dtype=dtype).view(3, 5)
     x = torch.linspace(1, 2, 10, dtype=dtype).view(2, 5)
     try:
@@ -296,10 +305,14 @@ def _unpackable(dtype: torch.dtype) -> str | None:
         found = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", (), "")
         exact = torch.equal(packed.to_dense(), weight)
     except (AttributeError, RuntimeError, TypeError) as error:
-        return f"torch {torch.__version__} cannot pack {dtype} weights here ({str(error).splitlines()[0]})"
+        return f"torch {torch.__version__} cannot pack {_name(dtype)} weights here ({str(error).splitlines()[0]})"
     if not exact or not torch.allclose(found, functional.linear(x, weight), rtol=2e-2, atol=2e-2):
-        return f"torch {torch.__version__} packs {dtype} weights wrongly here"
+        return f"torch {torch.__version__} packs {_name(dtype)} weights wrongly here"
     return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _stacks(module: Any) -> tuple[str, str]:
@@ -307,10 +320,9 @@ def _stacks(module: Any) -> tuple[str, str]:
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
-def _norm(module: Any, output: Tensor) -> Tensor:
-    """Return the experts' outputs [R, D] after the norm that some modules have."""
-    normed: Tensor = module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
-    return normed
+def _normed(module: Any) -> bool:
+    """Whether a norm follows the second product, as some modules say."""
+    return bool(getattr(module, "has_post_expert_norm", False))
 
 
 def _differentiates(module: nn.Module, hidden: Tensor, weights: Tensor) -> bool:
