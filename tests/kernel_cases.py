@@ -305,7 +305,7 @@ def counted() -> None:
 
     def count(self, pointers, mask, *rest):  # type: ignore[no-untyped-def]
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        loads.extend((int(at), size) for at in pointers.data[mask.data].ravel())
+        loads.extend((int(at), size) for at in pointers.data[mask.data.astype(bool)].ravel())
         return original(self, pointers, mask, *rest)
 
     interpreter.InterpreterBuilder.create_masked_load = count
@@ -456,11 +456,10 @@ def models() -> None:
     import tempfile
     from pathlib import Path
 
-    from example_plans import example_plan
-    from tiny import FAMILIES, save_tiny
-
     from espalier import kernels
     from espalier.apply import apply
+    from example_plans import example_plan
+    from tiny import FAMILIES, save_tiny
 
     kernels.register()
     with tempfile.TemporaryDirectory() as folder:
@@ -485,6 +484,43 @@ def models() -> None:
                 apply(Path(folder) / family / "source", example_plan(family, kind), out, prove=False)
                 wanted, found = logits_of(out, "eager"), logits_of(out, "espalier")
                 assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), (family, kind)
+
+
+def sparse() -> None:
+    """Checkpoints whose FFNs were split: the kernels' logits are those of the masked computation."""
+    import tempfile
+    from pathlib import Path
+
+    from transformers import AutoModelForCausalLM
+
+    from dense_models import KINDS, STOCK, save_dense, split_plan
+    from espalier import kernels
+    from espalier.apply import apply
+    from espalier.checkpoint import Checkpoint
+
+    neuron_ffn.worth = lambda *_: True  # tiny FFNs never are
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder:
+        for family in ("llama", "phi", "gemma"):
+            source = save_dense(family, Path(folder) / family)
+            for kind, split in KINDS.items():
+                if kind in STOCK:
+                    continue
+                out = Path(folder) / f"{family}-{kind}"
+                apply(source, split_plan(split).check(Checkpoint(source).dense_shape()), out, prove=False)
+                model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+                ffns = [module for module in model.modules() if type(module).__name__ == "SparseFFN"]
+                for ffn in ffns:
+                    ffn.backend = "masked"
+                with torch.no_grad():
+                    wanted = model(input_ids=ids).logits
+                    attached = kernels.attach(model)
+                    assert attached == (0 if kind.startswith("oracle") else len(ffns)), kind
+                    for ffn in ffns:
+                        ffn.backend = "auto"
+                    found = model(input_ids=ids).logits
+                assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), (family, kind)
+                print(family, kind, attached)
 
 
 if __name__ == "__main__":

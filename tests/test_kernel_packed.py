@@ -5,6 +5,7 @@ import gc
 import threading
 import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -397,6 +398,37 @@ def test_modules_that_share_weights_are_told():
     other.config._experts_implementation = "grouped_mm"
     with torch.no_grad():
         assert other(*given).isfinite().all()
+
+
+def test_no_weights_are_lost_when_packing_ends_early(monkeypatch):
+    module, given, mkldnn, calls = make("gpt_oss"), routes(30), torch.ops.mkldnn, []
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    def reorder(weight):
+        calls.append(weight)
+        if len(calls) == 12:  # in the second stack
+            raise MemoryError
+        return mkldnn._reorder_linear_weight(weight)
+
+    fake = types.SimpleNamespace(_reorder_linear_weight=reorder, _linear_pointwise=mkldnn._linear_pointwise)
+    packed._unpackable(torch.float32)
+    monkeypatch.setattr(torch.ops, "mkldnn", fake)
+    with torch.no_grad(), pytest.raises(MemoryError):
+        module(*given)
+    assert not any(is_packed(module))
+    assert all(torch.equal(module.get_parameter(name), tensor) for name, tensor in state.items())
+    check(module, *given)
+
+
+def test_weights_come_back_though_something_holds_on_to_them():
+    module, given = make(), routes(30)
+    check(module, *given)
+    reference = weakref.ref(module._parameters["down_proj"])
+    expected = packed.reference(module, *given)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(*given).double(), expected, rtol=0, atol=1e-4)
+    assert not module.down_proj.is_meta
+    assert reference() is not module.down_proj
 
 
 def test_threads_meet_at_the_first_call():

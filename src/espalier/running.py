@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WHERE = "conf/runtime"
 STREAM = ("auto", "always", "never")
+EXPERTS = ("auto", "eager", "grouped_mm", "batched_mm", "espalier")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 WORKING_BYTES = 1.5e9  # of activations, probes and libraries beside a loaded model
@@ -24,12 +25,14 @@ WORKING_BYTES = 1.5e9  # of activations, probes and libraries beside a loaded mo
 class Running:
     """The settings of conf/runtime, checked.
 
-    `stream`: `auto` loads a model whole where it fits, else one decoder layer at a time. `activation_memory`, in
-    bytes, bounds the hidden states that streaming keeps in memory; more go to a file below `scratch` (default: the
-    system's temporary directory). UserError for an unknown key or value.
+    `experts`: how MoE blocks compute where a model scores or is timed; `auto` is Espalier's kernels on a processor and
+    transformers' own choice on a GPU. `stream`: `auto` loads a model whole where it fits, else one decoder layer at a
+    time. `activation_memory`, in bytes, bounds the hidden states that streaming keeps in memory; more go to a file
+    below `scratch` (default: the system's temporary directory). UserError for an unknown key or value.
     """
 
     device: str
+    experts: str
     stream: str
     activation_memory: float
     scratch: Path | None
@@ -48,6 +51,10 @@ class Running:
                 raise UserError(f"{WHERE}: unknown key {key!r}; {nearest(key, known)}.")
         if values["stream"] not in STREAM:
             raise UserError(f"{WHERE}: stream={values['stream']!r}; {nearest(str(values['stream']), list(STREAM))}.")
+        if values["experts"] not in EXPERTS:
+            raise UserError(
+                f"{WHERE}: experts={values['experts']!r}; {nearest(str(values['experts']), list(EXPERTS))}."
+            )
         values["activation_memory"] = byte_count(values["activation_memory"], "activation_memory")
         values["scratch"] = Path(values["scratch"]) if values["scratch"] else None
         return cls(**values)
@@ -60,6 +67,12 @@ class Running:
         if self.device != "auto":
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def experts_implementation(self) -> str | None:
+        """Return the experts implementation to ask transformers for, None to leave it to choose."""
+        if self.experts != "auto":
+            return self.experts
+        return "espalier" if self.torch_device() == "cpu" else None
 
     def streams(self, checkpoint: Checkpoint, dtype: str) -> bool:
         """Whether the model of `checkpoint` is to be run layer by layer when it computes in `dtype`."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier import families
+from espalier import families, kernels
 from espalier.checkpoint import Checkpoint
 from espalier.dtypes import TORCH_NAMES
 from espalier.errors import UserError
@@ -25,13 +25,20 @@ from espalier.quantised import refuse_quantised
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def load(directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu", trust: bool | None = None) -> Any:
+def load(
+    directory: Path,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    trust: bool | None = None,
+    experts: str | None = None,
+) -> Any:
     """Return the model in eval mode; `dtype` is a torch dtype, its name, or `auto` for the checkpoint's own.
 
     The directory's own code is trusted only where Espalier wrote it (config.json has `espalier`), unless
-    `trust` says otherwise. UserError when tensors are missing or of another shape than config.json says.
+    `trust` says otherwise. `experts`: how MoE blocks compute, by default `eager` on a processor. UserError when tensors
+    are missing or of another shape than config.json says.
     """
-    model, loading = load_with_info(directory, dtype, device, trust)
+    model, loading = load_with_info(directory, dtype, device, trust, experts)
     for what in ("missing_keys", "mismatched_keys"):
         if loading[what]:
             raise UserError(f"{directory}: {what.replace('_', ' ')} {loading[what][:3]}. Download or apply it again.")
@@ -39,12 +46,16 @@ def load(directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
 
 
 def load_with_info(
-    directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu", trust: bool | None = None
+    directory: Path,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    trust: bool | None = None,
+    experts: str | None = None,
 ) -> tuple[Any, dict[str, list[str]]]:
     """Return the model as `load` does, and the lists `missing_keys`, `unexpected_keys` and `mismatched_keys`."""
     from transformers import AutoModelForCausalLM
 
-    trusted, kernel = _settings(directory, device, trust)
+    trusted, kernel = _settings(directory, device, trust, experts)
     # The caller decides about tensors of another shape; transformers' own report of them takes twenty lines.
     wanted = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
     logger = logging.getLogger("transformers")
@@ -63,14 +74,17 @@ def load_with_info(
         f"{name} {list(stored)} (config.json: {list(expected)})"
         for name, stored, expected in loading["mismatched_keys"]
     )
-    return model.to(device).eval(), names
+    model = model.to(device).eval()
+    if experts == "espalier":
+        kernels.attach(model)
+    return model, names
 
 
 def skeleton(directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
     """Return the model in eval mode on the meta device, without weights, as `load` would return it with them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    trusted, kernel = _settings(directory, device, None)
+    trusted, kernel = _settings(directory, device, None, None)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted, local_files_only=True)
     if dtype == "auto":
         dtype = config.dtype or _stored_dtype(Checkpoint(directory))
@@ -85,17 +99,22 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return found
 
 
-def _settings(directory: Path, device: str, trust: bool | None) -> tuple[bool, dict[str, str]]:
+def _settings(directory: Path, device: str, trust: bool | None, experts: str | None) -> tuple[bool, dict[str, str]]:
     """Return whether the directory's own code is trusted, and the experts' implementation to ask for."""
     config = Checkpoint(directory).config
     refuse_quantised(directory, config)
     trusted = "espalier" in config if trust is None else trust
     if trusted and "auto_map" in config:
         _cache_code(directory, config["auto_map"]["AutoModelForCausalLM"])
+    if config.get("model_type") not in families.names():  # a dense model refuses the setting
+        return trusted, {}
+    if experts == "espalier":
+        kernels.register()
     # On a CPU the plain loop over experts; batched_mm, which transformers may choose elsewhere, copies each
     # token's experts.
-    moe = config.get("model_type") in families.names()  # a dense model refuses the setting
-    return trusted, {"experts_implementation": "eager"} if moe and torch.device(device).type == "cpu" else {}
+    default = "eager" if torch.device(device).type == "cpu" else None
+    chosen = experts or default
+    return trusted, {} if chosen is None else {"experts_implementation": chosen}
 
 
 def _cache_code(directory: Path, reference: str) -> None:

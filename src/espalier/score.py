@@ -127,7 +127,10 @@ def _load_model(
 ) -> PreTrainedModel | StreamedModel:
     if running.streams(checkpoint, dtype):
         return StreamedModel(directory, dtype, running.torch_device())
-    model = cast(PreTrainedModel, runtime.load(directory, dtype, running.torch_device()))
+    model = cast(
+        PreTrainedModel,
+        runtime.load(directory, dtype, running.torch_device(), experts=running.experts_implementation()),
+    )
     with naming_file(checkpoint):
         check_weights(model)
     return model

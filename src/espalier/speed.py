@@ -51,7 +51,8 @@ def measure_speed(directory: Path, original: Path, timing: Timing, dtype: str, r
             )
     device = running.torch_device()
     with _threads(timing.threads):
-        models = [load(checkpoint.directory, dtype, device) for checkpoint in checkpoints]
+        experts = running.experts_implementation()
+        models = [load(checkpoint.directory, dtype, device, experts=experts) for checkpoint in checkpoints]
         ids = _text(directory, timing, models[1].config.vocab_size).to(device)
         used = [_used(model, checkpoint, ids) for model, checkpoint in zip(models, checkpoints, strict=True)]
         clock = _clock(device, timing.threads)
@@ -75,6 +76,7 @@ def measure_speed(directory: Path, original: Path, timing: Timing, dtype: str, r
         "format": FORMAT,
         "timing": asdict(timing),
         "device": device,
+        "experts": experts,
         "dtype": str(models[1].dtype).removeprefix("torch."),
         "active": {"original": before, "model": after},
         "cache": {"original": cache[0], "model": cache[1]},

@@ -78,7 +78,7 @@ def compiled(case: Case, target: Target) -> Facts:
         # Scalar registers spill into lanes of vector registers; what reaches memory is in the private segment.
         spilled = max(4 * _field(text, "vgpr_spill_count"), _field(text, "private_segment_fixed_size"))
         core = "v_mfma" if "v_mfma" in text else None
-        atomics = len(re.findall(r"\b(?:global|flat)_atomic", text))
+        atomics = len(re.findall(r"\b(?:global|flat|buffer)_atomic", text))
     blocks = target.occupancy(registers, shared, options.get("num_warps", 4))
     return Facts(
         case.kernel,

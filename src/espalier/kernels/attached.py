@@ -85,6 +85,7 @@ def _fused(hook: Callable[[Any, Routed], Routed], route: Route) -> Callable[[Any
             runs_on(hidden.device)
             and not torch.is_grad_enabled()
             and experts.config._experts_implementation == "espalier"
+            and len(experts._forward_pre_hooks) == 1  # others look at what runs
         )
         if not fused:
             experts.espalier_route = None

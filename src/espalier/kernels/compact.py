@@ -7,8 +7,8 @@ has one order: a CUDA graph can hold all of it, and equal inputs give equal bits
 Programs of `compact` do not wait for each other: each counts the tokens before its own, then places its own. For
 262,144 tokens the 64 programs read 42 MB between them, of 1.3 MB that the second-level cache holds (float32 scores, a
 byte of mask); the last one counts in 32 rounds, reckoned at 20 microseconds, where moving the rows (4096 columns of
-bf16, all kept) takes more than a thousand. So there is one level; the cost is linear in the tokens, as programs are not
-more for more of them.
+bf16, all kept) takes more than a thousand. So there is one level; the number of programs is bounded, so
+that the cost is linear in the tokens.
 
 Shapes: B sequences of L tokens, N = B L, D hidden.
 """

@@ -5,6 +5,7 @@ Kernels run on a GPU, or anywhere under Triton's interpreter (TRITON_INTERPRET=1
 
 import importlib.util
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ if INSTALLED:
 
     jit: Any = triton.jit
 else:
-    tl = None
+    tl = SimpleNamespace(constexpr=None)  # what annotations of kernels name
 
     class _Refuse:
         """Stands for a kernel: asked to run, it says what is missing."""

@@ -92,7 +92,8 @@ def forward(ffn: NeuronFFN, hidden: Tensor, weights: Tensor, choice: Choice | No
     if choice is None:
         choice = _choose(*_sizes(ffn, tokens), device.target_of(hidden.device))
     if ffn.most < ffn.units:
-        weight, unit = weights.topk(ffn.most, dim=1)
+        unit = (weights != 0).float().topk(ffn.most, dim=1).indices  # a weight may be negative
+        weight = weights.gather(1, unit)
     else:
         weight, unit = weights, torch.arange(ffn.units, device=weights.device).expand(tokens, -1)
     number = len(ffn.lists.count)

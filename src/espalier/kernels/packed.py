@@ -213,7 +213,7 @@ def _packed_class(stock: type, stacks: tuple[str, ...]) -> type:
 
 def _pack(module: Any) -> Packed | None:
     """Pack the module's weights, one stack at a time; None where that cannot be, or gains nothing."""
-    if KEY not in module.__dict__ and module.down_proj[0].numel() < LEAST.get(module.down_proj.dtype, 0):
+    if KEY not in module.__dict__ and module.down_proj.shape[1:].numel() < LEAST.get(module.down_proj.dtype, 0):
         return None
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         packed: Packed | None = module.__dict__.get(KEY)
@@ -231,6 +231,7 @@ def _pack(module: Any) -> Packed | None:
                 stack = parameter.detach().mT if packed.layout.transposed else parameter.detach()
                 packed.weights[name] = [torch.ops.mkldnn._reorder_linear_weight(w.contiguous()) for w in stack]
                 del stack
+                packed.seen[name] = parameter, 0  # from here on an interrupt leaves all that restores it
                 _exchange(parameter, torch.empty_like(parameter, device="meta"))
                 packed.seen[name] = parameter, parameter._version
         except BaseException:
@@ -250,11 +251,13 @@ def _restore(module: Any) -> Any:
         for name, (parameter, _) in list(packed.seen.items()):
             if module._parameters.get(name) is parameter and parameter.is_meta:  # else there are other weights by now
                 stack = torch.empty_like(parameter, device="cpu")
-                for weight, row in zip(
-                    packed.weights[name], stack.mT if packed.layout.transposed else stack, strict=True
-                ):
+                rows = stack.mT if packed.layout.transposed else stack
+                for row, weight in zip(rows, packed.weights[name], strict=True):
                     row.copy_(weight.to_dense())
-                _exchange(parameter, stack)
+                try:
+                    _exchange(parameter, stack)
+                except RuntimeError:  # something holds on to its tensor
+                    module._parameters[name] = nn.Parameter(stack, parameter.requires_grad)
             del packed.seen[name], packed.weights[name]
         module.__class__ = packed.stock
         del module.__dict__[KEY]
@@ -362,7 +365,8 @@ def _weighted_sum(run: Product, x: Tensor, indices: Tensor, weights: Tensor, exp
             rows, last = rows + counts[last], last + 1
         here, share = token[start : start + rows], weight[start : start + rows, None]
         parts = x.index_select(0, here).split(counts[first:last])
-        made = torch.cat([run(part, number) for part, number in zip(parts, distinct[first:last], strict=True)])
-        output.index_add_(0, here, made.to(wide).mul_(share))
+        made = [run(part, number) for part, number in zip(parts, distinct[first:last], strict=True)]
+        joined = torch.cat(made) if len(made) > 1 else made[0]
+        output.index_add_(0, here, joined.to(wide).mul_(share))
         first, start = last, start + rows
     return output

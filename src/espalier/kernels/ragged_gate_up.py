@@ -249,34 +249,35 @@ def forward(
     columns = -(-width // config.block_n)
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     some = plan.offsets  # for pointers that are not followed
-    ragged_gate_up[(plan.tiles * columns,)](
-        hidden,
-        weights.up if weights.gate is None else weights.gate,
-        weights.up,
-        some if weights.gate_bias is None else weights.gate_bias,
-        some if weights.up_bias is None else weights.up_bias,
-        h,
-        plan.row_token,
-        plan.offsets,
-        plan.tile_expert,
-        plan.tile_row,
-        some if lists is None else lists.neurons,
-        some if lists is None else lists.count,
-        plan.tiles,
-        columns,
-        weights.hidden,
-        width,
-        hidden.stride(0),
-        *weights.strides,
-        *weights.bias_strides,
-        h.stride(0),
-        layout.alpha,
-        float("inf") if layout.limit is None else layout.limit,
-        layout.shift,
-        **constants(weights, layout, config, hidden.dtype, listed=lists is not None),
-        **config.constants(),
-        **config.options(),
-    )
+    with torch.cuda.device_of(hidden):
+        ragged_gate_up[(plan.tiles * columns,)](
+            hidden,
+            weights.up if weights.gate is None else weights.gate,
+            weights.up,
+            some if weights.gate_bias is None else weights.gate_bias,
+            some if weights.up_bias is None else weights.up_bias,
+            h,
+            plan.row_token,
+            plan.offsets,
+            plan.tile_expert,
+            plan.tile_row,
+            some if lists is None else lists.neurons,
+            some if lists is None else lists.count,
+            plan.tiles,
+            columns,
+            weights.hidden,
+            width,
+            hidden.stride(0),
+            *weights.strides,
+            *weights.bias_strides,
+            h.stride(0),
+            layout.alpha,
+            float("inf") if layout.limit is None else layout.limit,
+            layout.shift,
+            **constants(weights, layout, config, hidden.dtype, listed=lists is not None),
+            **config.constants(),
+            **config.options(),
+        )
     return h
 
 

@@ -142,34 +142,35 @@ def forward(
     share = -(-inner // (split * config.block_k)) * config.block_k
     x = x if x.stride(1) == 1 else x.contiguous()
     some = plan.offsets  # for pointers that are not followed
-    ragged_matmul[(plan.tiles * columns, split)](
-        x,
-        weight,
-        some if bias is None else bias,
-        y,
-        plan.row_token,
-        some if scale is None else scale,
-        plan.offsets,
-        plan.tile_expert,
-        plan.tile_row,
-        some if lists is None else lists.neurons,
-        some if lists is None else lists.count,
-        plan.tiles,
-        columns,
-        inner,
-        columns_n,
-        share,
-        x.stride(0),
-        *weight.stride(),
-        0 if bias is None else bias.stride(0),
-        y.stride(1),
-        y.stride(0),
-        **constants(
-            inner, config, x.dtype, gather=gather, scaled=scale is not None, biased=bias is not None, lists=lists
-        ),
-        **config.constants(),
-        **config.options(),
-    )
+    with torch.cuda.device_of(x):
+        ragged_matmul[(plan.tiles * columns, split)](
+            x,
+            weight,
+            some if bias is None else bias,
+            y,
+            plan.row_token,
+            some if scale is None else scale,
+            plan.offsets,
+            plan.tile_expert,
+            plan.tile_row,
+            some if lists is None else lists.neurons,
+            some if lists is None else lists.count,
+            plan.tiles,
+            columns,
+            inner,
+            columns_n,
+            share,
+            x.stride(0),
+            *weight.stride(),
+            0 if bias is None else bias.stride(0),
+            y.stride(1),
+            y.stride(0),
+            **constants(
+                inner, config, x.dtype, gather=gather, scaled=scale is not None, biased=bias is not None, lists=lists
+            ),
+            **config.constants(),
+            **config.options(),
+        )
     return y
 
 

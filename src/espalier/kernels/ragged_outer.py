@@ -8,6 +8,7 @@ Shapes: T tokens, R rows, E experts, M columns of a, N columns of b.
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from espalier.kernels.jit import jit, runs_on, tl
@@ -65,25 +66,26 @@ def forward(a: Tensor, b: Tensor, plan: RoutePlan, out: Tensor, *, gather: bool 
         return out.copy_(reference(a, b, plan, gather=gather))
     a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
     experts, m, n = out.shape
-    ragged_outer[(experts, -(-m // COLUMNS), -(-n // COLUMNS))](
-        a,
-        b,
-        out,
-        plan.row_token,
-        plan.offsets,
-        m,
-        n,
-        a.stride(0),
-        b.stride(0),
-        *out.stride(),
-        GATHERED=gather,
-        PRECISION=precision(a.dtype),
-        BR=ROWS,
-        BM=COLUMNS,
-        BN=COLUMNS,
-        num_warps=4,
-        num_stages=3,
-    )
+    with torch.cuda.device_of(a):
+        ragged_outer[(experts, -(-m // COLUMNS), -(-n // COLUMNS))](
+            a,
+            b,
+            out,
+            plan.row_token,
+            plan.offsets,
+            m,
+            n,
+            a.stride(0),
+            b.stride(0),
+            *out.stride(),
+            GATHERED=gather,
+            PRECISION=precision(a.dtype),
+            BR=ROWS,
+            BM=COLUMNS,
+            BN=COLUMNS,
+            num_warps=4,
+            num_stages=3,
+        )
     return out
 
 

@@ -145,9 +145,10 @@ def plan_from_scores(
     weights = torch.empty(tokens, k, dtype=torch.float32, device=scores.device)
     sizes = {"K": k, "K2": power_of_2(k), "E2": power_of_2(rows), "BT": max(1, 2048 // power_of_2(rows))}
     grid = (-(-tokens // sizes["BT"]),)
-    route_plan_kernel.choose[grid](
-        scores, _or(correction, scores), indices, weights, tokens, rows, scale, **sizes, **settings, num_warps=4
-    )
+    with torch.cuda.device_of(scores):
+        route_plan_kernel.choose[grid](
+            scores, _or(correction, scores), indices, weights, tokens, rows, scale, **sizes, **settings, num_warps=4
+        )
     return _launch(None, None, indices, weights, experts, block_m, rows, expert_map, skip, {})
 
 
@@ -203,40 +204,41 @@ def _launch(
     programs = min(PROGRAMS, blocks)
     tiles = tiles_at_most(tokens * k, experts, block_m)
     found = _empty(tokens, k, experts, tiles, block_m, device)
-    route_plan_kernel.place[(programs,)](
-        _or(scores, indices),
-        _or(correction, indices),
-        indices,
-        _or(weights, indices),
-        _or(expert_map, indices),
-        found.row_token,
-        found.row_weight,
-        found.offsets,
-        found.slot_row,
-        found.tile_expert,
-        found.tile_row,
-        tokens,
-        rows,
-        experts,
-        tiles,
-        float(chosen.get("scale", 1.0)),
-        float(skip.value),
-        float(skip.total or 0.0),
-        -(-blocks // programs) * sizes["PLACED"],
-        -(-tiles // programs),
-        **sizes,
-        BM=block_m,
-        SCORED=scores is not None,
-        SIGMOID=bool(chosen.get("SIGMOID", False)),
-        CORRECTED=bool(chosen.get("CORRECTED", False)),
-        NORMED=bool(chosen.get("NORMED", False)),
-        MAPPED=expert_map is not None,
-        JOINED=joined,
-        RULE=RULES[skip.rule],
-        RESCALE=skip.total is not None,
-        num_warps=8,
-        num_stages=1,
-    )
+    with torch.cuda.device_of(indices):
+        route_plan_kernel.place[(programs,)](
+            _or(scores, indices),
+            _or(correction, indices),
+            indices,
+            _or(weights, indices),
+            _or(expert_map, indices),
+            found.row_token,
+            found.row_weight,
+            found.offsets,
+            found.slot_row,
+            found.tile_expert,
+            found.tile_row,
+            tokens,
+            rows,
+            experts,
+            tiles,
+            float(chosen.get("scale", 1.0)),
+            float(skip.value),
+            float(skip.total or 0.0),
+            -(-blocks // programs) * sizes["PLACED"],
+            -(-tiles // programs),
+            **sizes,
+            BM=block_m,
+            SCORED=scores is not None,
+            SIGMOID=bool(chosen.get("SIGMOID", False)),
+            CORRECTED=bool(chosen.get("CORRECTED", False)),
+            NORMED=bool(chosen.get("NORMED", False)),
+            MAPPED=expert_map is not None,
+            JOINED=joined,
+            RULE=RULES[skip.rule],
+            RESCALE=skip.total is not None,
+            num_warps=8,
+            num_stages=1,
+        )
     return found
 
 

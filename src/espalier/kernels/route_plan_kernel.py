@@ -177,12 +177,13 @@ def place(
     RESCALE: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    begin = min(pid * own_tokens, tokens)
+    begin = pid * own_tokens
+    end = min(begin, tokens)  # a bound of masks only: the compiler must see how the loops' tokens are aligned
     before = tl.zeros((BINS,), tl.int32)
-    for start in range(0, begin, COUNTED):
+    for start in range(0, end, COUNTED):
         token = start + tl.arange(0, COUNTED)
         expert, _ = _slots(
-            scores, correction, indices, weights, expert_map, token, begin, rows, experts, scale, value, total,
+            scores, correction, indices, weights, expert_map, token, end, rows, experts, scale, value, total,
             K, K2, E2, SCORED, SIGMOID, CORRECTED, NORMED, MAPPED, JOINED, RULE, RESCALE,
         )  # fmt: skip
         before += tl.histogram(tl.reshape(expert, (COUNTED * K2,)), BINS)

@@ -67,24 +67,25 @@ def forward(
     if not tokens:
         return out
     block = min(COLUMNS, power_of_2(width))
-    segment_combine[(tokens, -(-width // block))](
-        y,
-        plan.row_weight,
-        plan.slot_row,
-        y if base is None else base,
-        out,
-        width,
-        slots,
-        y.stride(0),
-        y.stride(1),
-        0 if base is None or len(base) == 1 else base.stride(0),
-        out.stride(0),
-        SPLIT=split,
-        WEIGHTED=weighted,
-        BASED=base is not None,
-        BD=block,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(y):
+        segment_combine[(tokens, -(-width // block))](
+            y,
+            plan.row_weight,
+            plan.slot_row,
+            y if base is None else base,
+            out,
+            width,
+            slots,
+            y.stride(0),
+            y.stride(1),
+            0 if base is None or len(base) == 1 else base.stride(0),
+            out.stride(0),
+            SPLIT=split,
+            WEIGHTED=weighted,
+            BASED=base is not None,
+            BD=block,
+            num_warps=4,
+        )
     return out
 
 

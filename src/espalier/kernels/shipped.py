@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from espalier.kernels import (
+    compact,
     ragged_gate_up,
     ragged_matmul,
     ragged_outer,
@@ -98,6 +99,10 @@ def cases(target: Target) -> Iterator[Case]:
         yield case(
             "segment_combine", f"{split} splits", segment_combine.segment_combine, constants, {"num_warps": 4}, **own
         )
+
+    for name, run, signature, constants, options in compact.aot_cases():
+        aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or "stride" in name)
+        yield Case("compact", name, run, signature, constants, options, aligned)
 
 
 def _plan_case(experts: int, k: int, *, scored: bool) -> Case:
