@@ -176,6 +176,7 @@ def place(
     RULE: tl.constexpr,
     RESCALE: tl.constexpr,
 ):
+    """One program's part of a plan: it counts all rows, then places those of its own tokens and maps its tiles."""
     pid = tl.program_id(0)
     begin = pid * own_tokens
     end = min(begin, tokens)  # a bound of masks only: the compiler must see how the loops' tokens are aligned
@@ -256,6 +257,7 @@ def choose(
     CORRECTED: tl.constexpr,
     NORMED: tl.constexpr,
 ):
+    """The top K of router rows for one program's tokens."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     row, weight, _ = _chosen(scores, correction, token, tokens, rows, scale, K, K2, E2, SIGMOID, CORRECTED, NORMED)
     slot = tl.arange(0, K2)
