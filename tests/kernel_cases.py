@@ -11,6 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 import math
 import sys
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -484,6 +485,57 @@ def models() -> None:
                 apply(Path(folder) / family / "source", example_plan(family, kind), out, prove=False)
                 wanted, found = logits_of(out, "eager"), logits_of(out, "espalier")
                 assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), (family, kind)
+
+
+def tuned() -> None:
+    """Tuning keeps the fastest of at most eight candidates, by number of tokens, and modules of that size use them."""
+    import tempfile
+    from pathlib import Path
+
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from espalier.errors import UserError
+    from espalier.kernels import tuning
+
+    def mixtral(width: int) -> MixtralForCausalLM:
+        return MixtralForCausalLM(
+            MixtralConfig(
+                hidden_size=32, intermediate_size=width, num_hidden_layers=2, num_local_experts=4, vocab_size=50,
+                num_attention_heads=2, num_key_value_heads=2, experts_implementation="eager",
+            )
+        ).eval()  # fmt: skip
+
+    model = mixtral(24)
+    experts = model.model.layers[0].mlp.experts
+    asked: list[int] = []
+
+    def timer(call) -> float:  # type: ignore[no-untyped-def]
+        call()
+        asked.append(1)
+        return abs(len(asked) % 100 - 2)  # the second candidate of the first number of tokens
+
+    found = tuning.tune(experts, 2, (3, 40), timer)
+    assert 2 < len(asked) <= 16
+    where = layout(4, 32, 24)
+    from espalier.kernels import device
+    from espalier.kernels.chooser import Work, rank
+
+    target = device.target_of(torch.device("cpu"))
+    assert found[3] == rank(Work.expected(32, 24, 3, 4, 2), target)[1]
+    assert list(found) == [3, 40]
+    x, weights = torch.randn(5, 32), torch.rand(5, 2)
+    chosen = picks(5, 2, 4)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        file = Path(folder) / "tiles.json"
+        tuning.save_tiles(file, experts, found)
+        assert tuning.use_tiles(model, file) == 2
+        assert ragged._tuned(experts, 2).down == found[3].down
+        assert ragged._tuned(experts, 4).down == ragged._tuned(experts, 1000).down == found[40].down
+        wanted = experts(x, chosen, weights)
+        assert (ragged.forward(experts, where, x, chosen, weights) - wanted).abs().max() < 1e-5
+        with pytest.raises(UserError, match="no experts of the model have its sizes"):
+            tuning.use_tiles(mixtral(16), file)
+    print("tuned", {number: choice.down.document() for number, choice in found.items()})
 
 
 def sparse() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CASES = Path(__file__).parent / "kernel_cases.py"
-GROUPS = ("plans", "scores", "blocks", "poison", "counted", "neurons", "gradients", "models", "sparse")
+GROUPS = ("plans", "scores", "blocks", "poison", "counted", "neurons", "gradients", "models", "sparse", "tuned")
 
 
 @pytest.mark.parametrize("group", GROUPS)

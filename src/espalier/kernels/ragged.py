@@ -70,12 +70,12 @@ def forward(
     """Return the weighted sum [T, D] of the chosen experts' outputs, in the dtype of `hidden` [T, D].
 
     indices int [T, K] and weights [T, K] as a router gives them; what a module's `espalier_route` (`attach`) says of
-    merged and skipped experts is done to them. `choice` of tiles, or what the chooser takes for as many tokens spread
-    evenly.
+    merged and skipped experts is done to them. `choice` of tiles, by default the tuned ones, or what the chooser takes
+    for as many tokens spread evenly.
     """
     experts = Experts.of(module, layout)
     if choice is None:
-        choice = device.choose(layout, len(hidden), indices.shape[1], hidden.device)
+        choice = _tuned(module, len(hidden)) or device.choose(layout, len(hidden), indices.shape[1], hidden.device)
     route = getattr(module, "espalier_route", None)
     between = {} if route is None else {"rows": route.rows, "expert_map": route.expert_map, "skip": route.skip}
     found = plan(indices, weights.detach(), layout.experts, choice.down.block_m, **between)
@@ -85,6 +85,15 @@ def forward(
 
         return differentiable(experts, module, hidden, indices, weights, found, choice)
     return run(experts, hidden, found, choice)
+
+
+def _tuned(module: Any, tokens: int) -> Choice | None:
+    """Return the tiles that were tuned (tuning.py) for as many tokens or the next larger number, None if none were."""
+    tiles = getattr(module, "espalier_tiles", None)
+    if not tiles:
+        return None
+    found: Choice = tiles[min((number for number in tiles if number >= tokens), default=max(tiles))]
+    return found
 
 
 def run(experts: Experts, hidden: Tensor, found: RoutePlan, choice: Choice) -> Tensor:
