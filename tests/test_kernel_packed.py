@@ -411,7 +411,7 @@ def test_no_weights_are_lost_when_packing_ends_early(monkeypatch):
         return mkldnn._reorder_linear_weight(weight)
 
     fake = types.SimpleNamespace(_reorder_linear_weight=reorder, _linear_pointwise=mkldnn._linear_pointwise)
-    packed._unpackable(torch.float32)
+    packed.unpackable(torch.float32)
     monkeypatch.setattr(torch.ops, "mkldnn", fake)
     with torch.no_grad(), pytest.raises(MemoryError):
         module(*given)
@@ -484,12 +484,12 @@ def test_other_dtypes_run_plainly_with_one_warning(dtype):
 
 def test_without_onednns_functions_the_plain_loop_runs(monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())
-    packed._unpackable.cache_clear()
+    packed.unpackable.cache_clear()
     try:
         with pytest.warns(UserWarning, match="cannot pack float32 weights here"):
             check(make(), *routes(30), packs=False)
     finally:
-        packed._unpackable.cache_clear()
+        packed.unpackable.cache_clear()
 
 
 def test_weights_that_come_and_go_are_not_packed():

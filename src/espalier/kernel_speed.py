@@ -96,7 +96,7 @@ def measure_kernels(
 
 def _packed_products(weight: Tensor) -> list[Callable[[], Tensor]]:
     """Return the product of a square matrix by itself with weights as the processor's kernels have them."""
-    if packed._unpackable(weight.dtype):
+    if packed.unpackable(weight.dtype):
         return []
     prepared = torch.ops.mkldnn._reorder_linear_weight(weight)
     return [lambda: torch.ops.mkldnn._linear_pointwise.default(weight, prepared, None, "none", (), "")]

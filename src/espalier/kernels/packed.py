@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 from espalier.errors import UserError
 from espalier.kernels.expert_layout import OWN, ExpertLayout, own_inner
@@ -30,6 +31,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the
 KEY = "_espalier_packed"  # in a module's __dict__: its Packed
 # Elements of an expert's second weights from which on oneDNN gains more than its calls cost, 10 us each (measured).
 LEAST = {torch.float32: 1 << 17, torch.bfloat16: 1 << 14}
+# Of small experts, from so many tokens and up to so many rows an expert, transformers' grouped_mm is faster (measured).
+FEW_TOKENS, FEW_ROWS = 3, 64
 TOGETHER = 256  # rows of neighbouring experts that are gathered, and added, at once
 _LOCK = threading.RLock()  # threads that serve one model meet at the first call
 
@@ -54,7 +57,21 @@ def forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Te
     packed: Packed | None = module.__dict__.get(KEY)
     if packed is None or not packed.current(module):
         packed = _pack(module)
+    if packed is None and _for_the_library(module, hidden, indices):
+        output: Tensor = grouped_mm_experts_forward(module, hidden, indices, weights)
+        return output
     return (packed.run if packed else plain)(module, hidden, indices, weights)
+
+
+def _for_the_library(module: Any, hidden: Tensor, indices: Tensor) -> bool:
+    """Whether experts are so small, and have so few rows each, that a call of Python's for each is what takes time."""
+    tokens, k = indices.shape
+    weight = module.down_proj
+    small = weight.shape[1:].numel() < LEAST.get(weight.dtype, 0) and hidden.dtype is weight.dtype
+    if not small or tokens < FEW_TOKENS or tokens * k > FEW_ROWS * module.num_experts:
+        return False
+    # The library leaves rows of "no expert" unset unless it was told that there may be some.
+    return module._is_expert_parallel or bool((indices < module.num_experts).all())
 
 
 def plain(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -282,7 +299,7 @@ def _obstacle(module: Any) -> bool:
     elif hasattr(module, "_hf_hook") or any(hasattr(stack, "_espalier_meta") for stack in stacks):
         reason = "its weights come and go (offloaded or streamed)"
     else:
-        reason = _unpackable(stacks[0].dtype)
+        reason = unpackable(stacks[0].dtype)
     if reason is not None:
         warn_once(module, reason, "a loop with plain products")
         return True
@@ -297,7 +314,7 @@ def _in_use(parameter: Any) -> bool:
 
 
 @functools.cache
-def _unpackable(dtype: torch.dtype) -> str | None:
+def unpackable(dtype: torch.dtype) -> str | None:
     """Return why this torch and this CPU cannot run packed weights of a dtype, or None: tries it."""
     if dtype not in LEAST:  # float16 takes CPUs on which its gain was not measured
         return f"{_name(dtype)} weights are not packed"
