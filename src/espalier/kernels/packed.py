@@ -33,6 +33,8 @@ KEY = "_espalier_packed"  # in a module's __dict__: its Packed
 LEAST = {torch.float32: 1 << 17, torch.bfloat16: 1 << 14}
 # Of small experts, from so many tokens and up to so many rows an expert, transformers' grouped_mm is faster (measured).
 FEW_TOKENS, FEW_ROWS = 3, 64
+# oneDNN reads packed weights a fifth faster for four rows than for one, two or three (measured, Zen 4).
+FAST_ROWS = 4
 TOGETHER = 256  # rows of neighbouring experts that are gathered, and added, at once
 _LOCK = threading.RLock()  # threads that serve one model meet at the first call
 
@@ -179,10 +181,13 @@ class Packed:
         )
 
         def run(x: Tensor, expert: int) -> Tensor:
+            rows = len(x)
+            if rows < FAST_ROWS:
+                x = functional.pad(x, (0, 0, 0, FAST_ROWS - rows))
             bias = None if first_bias is None else first_bias[expert]
             x = self.inner(module, product(x, firsts[expert], bias, "none", (), ""))
             bias = None if second_bias is None else second_bias[expert]
-            x = product(x, seconds[expert], bias, "none", (), "")
+            x = product(x, seconds[expert], bias, "none", (), "")[:rows]
             if layout.normed:
                 x = module.post_expert_norm(x)
             return x
