@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 
 import math
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -573,6 +574,155 @@ def sparse() -> None:
                     found = model(input_ids=ids).logits
                 assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), (family, kind)
                 print(family, kind, attached)
+
+
+@contextmanager
+def nothing_read_back():  # type: ignore[no-untyped-def]
+    """Fail where a tensor's values, or a size that depends on them, would come to the host."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten = torch.ops.aten
+    syncs = {
+        aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten._unique2,
+        aten.repeat_interleave, aten.bincount,
+    }  # fmt: skip
+
+    class Guard(TorchDispatchMode):
+        """Refuses the operators after which the host waits for a GPU."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            name = function._overloadpacket
+            picks = [pick for pick in args[1] if pick is not None] if name in (aten.index, aten.index_put_) else []
+            if name in syncs or any(pick.dtype == torch.bool for pick in picks):
+                raise AssertionError(f"{function} makes the host wait")
+            return function(*args, **(kwargs or {}))
+
+    def refuse(*_):  # type: ignore[no-untyped-def]
+        raise AssertionError("tolist makes the host wait")
+
+    tolist, Tensor.tolist = Tensor.tolist, refuse  # calls no operator
+    try:
+        with Guard():
+            yield
+    finally:
+        Tensor.tolist = tolist
+
+
+def entered() -> None:
+    """A dense FFN on some tokens against a loop over tokens; NaN in those that do not enter changes nothing."""
+    from types import SimpleNamespace
+
+    from espalier.kernels import depth_ffn
+
+    names = {"silu": ("gate_proj", "up_proj", "down_proj", "act_fn"), "gelu": (None, "fc1", "fc2", "activation_fn")}
+    for tokens, share, act, dtype in (
+        (0, 0.5, "silu", torch.float32), (1, 1.0, "silu", torch.float32), (1, 0.0, "gelu", torch.float32),
+        (33, 0.5, "gelu", torch.float32), (130, 0.0, "silu", torch.float32), (130, 1.0, "silu", torch.float16),
+        (300, 0.3, "silu", torch.float32), (300, 0.3, "gelu", torch.float16),
+    ):  # fmt: skip
+        gated = act == "silu"
+        block = Block(layout(1, 40, 70, gated=gated, biased=not gated, act=act), dtype)
+        weights = [*block.first[0].chunk(2 if gated else 1), block.down[0]]
+        biases = [None, None, None] if gated else [block.first_bias[0], block.down_bias[0]]
+        stored = [SimpleNamespace(weight=weight, bias=bias) for weight, bias in zip(weights, biases, strict=True)]
+        own = [name for name in names[act][:3] if name is not None]
+        module = SimpleNamespace(**dict(zip(own, stored, strict=True)))
+        ffn = depth_ffn.DenseFFN.of(module, names[act], block.layout)
+        x, kept, factor = torch.randn(tokens, 40).to(dtype), torch.rand(tokens) < share, torch.rand(tokens)
+        x[~kept], factor[~kept] = float("nan"), float("nan")
+        for given in (None, factor):
+            each = [1.0] * tokens if given is None else given.tolist()
+            wanted = block.output(
+                x, [[(0, w)] if enters else [] for w, enters in zip(each, kept.tolist(), strict=True)]
+            )
+            for choice in (SMALL, SPLIT, TALL, None):
+                with nothing_read_back():
+                    found = depth_ffn.forward(ffn, x, kept, given, choice)
+                assert found.dtype == dtype
+                assert found.shape == x.shape
+                assert (found[~kept] == 0).all()
+                worst = max(1.0, wanted.abs().max().item()) if tokens else 1.0
+                assert ((found.double() - wanted).abs() <= TOLERANCE[dtype] * worst).all(), (tokens, share, act, dtype)
+        print("entered", tokens, share, act, dtype)
+
+
+def depth() -> None:
+    """FFNs that tokens skip: alone, and the logits of routed models, of a whole sequence and by cached decoding."""
+    import tempfile
+    from pathlib import Path
+
+    from transformers import AutoModelForCausalLM
+
+    from dense_models import LAYERS, save_dense
+    from depth_plans import KINDS, THRESHOLD, depth_plan, token_by_token
+    from espalier import kernels
+    from espalier.apply import apply
+    from espalier.checkpoint import Checkpoint
+    from espalier.depth import Depth
+    from tiny import save_tiny
+
+    score = torch.rand(5)
+    for waits in (score.nonzero, score[0].item, lambda: score.tolist(), score[0].__bool__, lambda: score[score > 0.5]):
+        try:
+            with nothing_read_back():
+                waits()
+        except AssertionError:
+            continue
+        raise AssertionError(f"{waits} went unnoticed")
+    entered()
+    kinds = {
+        name: KINDS[name] for name in ("threshold_ffn", "nothing_kept_ffn", "predictor_ffn", "drop_ffn", "all_keys")
+    }
+    kinds |= {
+        "mask_ffn": Depth(**THRESHOLD, weights="mask", granularity="ffn"),
+        "all_kept_ffn": Depth(**(THRESHOLD | {"threshold": 0.0}), granularity="ffn"),
+        "all_keys_nothing_kept": Depth(**(THRESHOLD | {"threshold": 1.0}), cache="all"),
+        "all_keys_all_kept": Depth(**(THRESHOLD | {"threshold": 0.0}), cache="all"),
+        "all_keys_top_k": Depth(**(vars(KINDS["top_k"]) | {"cache": "all"})),
+    }
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+
+    def logits(model) -> list[Tensor]:  # type: ignore[no-untyped-def]
+        with torch.no_grad():
+            plain, padded = (model(input_ids=ids, attention_mask=given).logits for given in (None, mask))
+        decoded = [token_by_token(model, ids, first=4), token_by_token(model, ids, mask, 5)[mask.bool()]]
+        return [plain, padded[mask.bool()], *decoded]
+
+    def guarded(forward):  # type: ignore[no-untyped-def]
+        def run(*args, **kwargs):  # type: ignore[no-untyped-def]
+            with nothing_read_back():
+                return forward(*args, **kwargs)
+
+        return run
+
+    with tempfile.TemporaryDirectory() as folder:
+        for family in ("mixtral", "gemma2", "gemma", "phi", "llama"):
+            dense = family != "mixtral"  # whose MoE blocks stay torch's
+            source = (save_dense if dense else save_tiny)(family, Path(folder) / family)
+            for kind in ("threshold_ffn", "all_keys") if family in ("mixtral", "gemma2") else kinds:
+                out = Path(folder) / f"{family}-{kind}"
+                apply(source, depth_plan(kinds[kind], Checkpoint(source).any_shape()), out, prove=False)
+                model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+                wanted = logits(model)
+                attached = kernels.attach(model)
+                assert attached == (LAYERS if dense and kind != "drop_ffn" else 0), (family, kind, attached)
+                for layer in model.model.layers if dense else ():
+                    layer.forward = guarded(layer.forward)
+                for found, one in zip(logits(model), wanted, strict=True):
+                    assert (found - one).abs().max() <= 1e-4 * one.abs().max(), (family, kind)
+                print(family, kind, attached)
+    seen: list[Tensor] = []
+    for layer in model.model.layers:
+        del layer.forward  # what follows is torch's
+        layer.mlp.up_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert all(torch.equal(found, one) for found, one in zip(logits(model), wanted, strict=True))
+    assert seen
+    for layer in model.model.layers:
+        layer.mlp.up_proj._forward_hooks.clear()
+    model(input_ids=ids).logits.sum().backward()
+    assert all(layer.mlp.up_proj.weight.grad is not None for layer in model.model.layers)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 CASES = Path(__file__).parent / "kernel_cases.py"
-GROUPS = ("plans", "scores", "blocks", "poison", "counted", "neurons", "gradients", "models", "sparse", "tuned")
+GROUPS = (
+    "plans", "scores", "blocks", "poison", "counted", "neurons", "gradients", "models", "sparse", "depth", "tuned",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("group", GROUPS)

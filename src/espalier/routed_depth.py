@@ -155,7 +155,7 @@ class Call:
             )
         mask = mask[:, : past + length].bool().to(states.device)
         self.positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-        self.real = None if bool(mask[:, past:].all()) else mask[:, past:]
+        self.real = mask[:, past:]
 
 
 class Routed:
@@ -171,41 +171,37 @@ class Routed:
         named = STATES in kwargs
         states = kwargs.pop(STATES) if named else args[0]
         kept, factor = self.depth_router(states, place.call)
-        place.factor, place.rows = factor, None
-        cache = kwargs.get(CACHE) if place.attends and not place.keeps_all else None
+        masked = self.backend == "masked" or (self.backend == "auto" and self.depth_router.straight_through)
+        packs = place.attends and not place.keeps_all
+        place.factor, place.kept, place._rows = factor, (None if masked or packs else kept), None
+        cache = kwargs.get(CACHE) if packs else None
         layer = None if cache is None else ragged_layer(cache, place.number, place.window)
+
+        forward = super().forward  # type: ignore[misc]
 
         def stock(inner: Tensor, **changed: Any) -> Tensor:
             given = kwargs | changed | ({STATES: inner} if named else {})
-            output = super(Routed, self).forward(*(args if named else (inner, *args[1:])), **given)  # type: ignore[misc]
-            found: Tensor = output[0] if isinstance(output, tuple) else output
-            return found
+            return _states(forward(*(args if named else (inner, *args[1:])), **given))
 
-        masked = self.backend == "masked" or (self.backend == "auto" and self.depth_router.straight_through)
         if place.keeps_all:
-            place.kept, place.factor = (None if masked else kept), self._hiding(kept, factor)
-            place.rows = None if masked else kept.flatten().nonzero()[:, 0]
+            place.factor = self._hiding(kept, factor)
             return self._past(stock(states), states, kept)
         if masked:
             if cache is not None:
                 raise ValueError("The masked way of a routed layer takes no cache: use_cache=False, or compact.")
             found = self._masked(stock, states, kept, factor)
-        elif place.attends:
+        elif packs:
             found = self._compact(stock, states, kept, kwargs, layer)
+        elif self.depth_router.rule == "drop":
+            found = torch.zeros_like(states)
         else:
-            place.rows = kept.flatten().nonzero()[:, 0]
-            found = compact_ffn(stock, states, kept)
+            found = place.ffn(self, stock, states)
         if layer is not None:
             layer.advance(states.shape[1])
         return (found, None) if place.pair else found
 
     def _compact(
-        self,
-        stock: Any,
-        states: Tensor,
-        kept: Tensor,
-        kwargs: dict[str, Any],
-        layer: RaggedLayer | None,
+        self, stock: Any, states: Tensor, kept: Tensor, kwargs: dict[str, Any], layer: RaggedLayer | None
     ) -> Tensor:
         place, pack = self._depth, Pack(kept)
         onto = states if place.whole else torch.zeros_like(states)
@@ -216,7 +212,7 @@ class Routed:
         changed[MASK] = self._mask(pack, layer, states.dtype)
         if layer is not None:
             layer.expect(pack)
-        place.rows = pack.flat if pack.valid is None else pack.flat.masked_fill(~pack.valid, -1)
+        place._rows = pack.flat if pack.valid is None else pack.flat.masked_fill(~pack.valid, -1)
         if place.whole and place.factor is not None:
             place.factor = pack.gather(place.factor)
         return pack.scatter(onto, stock(pack.gather(states), **changed))
@@ -272,25 +268,8 @@ class FollowingFFN:
 
     def forward(self, states: Tensor) -> Any:
         """Run the stock FFN for the tokens that entered the layer."""
-
-        def stock(inner: Tensor) -> Tensor:
-            output = super(FollowingFFN, self).forward(inner)  # type: ignore[misc]
-            found: Tensor = output[0] if isinstance(output, tuple) else output
-            return found
-
-        kept = self._depth.kept
-        found = stock(states) if kept is None else compact_ffn(stock, states, kept)
+        found = self._depth.ffn(self, super().forward, states)  # type: ignore[misc]
         return (found, None) if self._depth.ffn_pair else found
-
-
-def compact_ffn(stock: Any, states: Tensor, kept: Tensor) -> Tensor:
-    """Return what an FFN gives the tokens of `states` [B, L, D] that are `kept` [B, L], and 0 for the others."""
-    places = kept.flatten().nonzero()[:, 0]
-    rows = states.reshape(-1, states.shape[-1])
-    onto = torch.zeros_like(rows)
-    if len(places):
-        onto = onto.index_copy(0, places, stock(rows.index_select(0, places)[None])[0])
-    return onto.view_as(states)
 
 
 class Place:
@@ -298,8 +277,12 @@ class Place:
 
     `whole`: it is a decoder layer; `attends`: it has attention; `keeps_all`: which all tokens run; `pair`: the module,
     or the layer's FFN, returns its output and something else. `factor` multiplies what the watched modules give next:
-    [R, M] of a layer, [B, L] of another module.
+    [R, M] of a layer, [B, L] of another module. `kept` are the tokens that an FFN runs which finds them itself, bool
+    [B, L]; None: all that it is given.
     """
+
+    # What computes an FFN, [N, D] and bool [N] to [N, D], without `rows`, or None where it cannot: of espalier.kernels
+    kernel: Any = None
 
     def __init__(self, call: Call, config: Any, number: int, layer: dict[str, Any], ffn_pair: bool) -> None:
         granularity = layer["granularity"]
@@ -310,9 +293,28 @@ class Place:
         self.ffn_pair = ffn_pair
         self.pair = granularity == "attention" or (granularity == "ffn" and ffn_pair)
         self.kept: Tensor | None = None
-        self.rows: Tensor | None = None  # the token of each row that runs, -1 for filling; None: all, in order
+        self._rows: Tensor | None = None
         self.window = window_of(config, number) if self.attends else None
         self.factor: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The token of each row that the FFN runs, -1 for filling; None: all, in order."""
+        if self._rows is None and self.kept is not None:
+            self._rows = self.kept.flatten().nonzero()[:, 0]  # on a GPU the host waits: only where it is asked for
+        return self._rows
+
+    def ffn(self, module: Any, stock: Any, states: Tensor) -> Tensor:
+        """Return what an FFN gives the tokens of `states` [B, L, D] that enter, and 0 for the others."""
+        if self.kept is None:
+            return _states(stock(states))
+        flat = states.reshape(-1, states.shape[-1])
+        found: Tensor | None = None if self.kernel is None else self.kernel(module, flat, self.kept.flatten())
+        if found is None:
+            found, rows = torch.zeros_like(flat), self.rows
+            if rows is not None and len(rows):
+                found = found.index_copy(0, rows, _states(stock(flat.index_select(0, rows)[None]))[0])
+        return found.view_as(states)
 
     @property
     def implementation(self) -> str:
@@ -334,7 +336,7 @@ class Place:
         """Be the forward hook of a module whose output is weighed."""
         if self.factor is None:
             return output
-        first = output[0] if isinstance(output, tuple) else output
+        first = _states(output)
         factor = self.factor.flatten() if first.dim() == 2 else self.factor
         weighed = first * factor[..., None].to(first.dtype)
         return (weighed, *output[1:]) if isinstance(output, tuple) else weighed
@@ -373,6 +375,12 @@ def route_depth(model: Any, settings: dict[str, Any]) -> None:
         _become(module, Routed, place)
         if place.keeps_all:
             _become(getattr(whole, names["ffn"]), FollowingFFN, place)
+
+
+def _states(output: Any) -> Tensor:
+    """Return the hidden states in a module's output, which some pair with something else."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 def _become(module: Any, kind: type, place: Place) -> None:

@@ -1,4 +1,4 @@
-"""Let the modules that Espalier's checkpoints bring use kernels: sparse FFNs, merged experts, skipped experts.
+"""Let the modules that Espalier's checkpoints bring use kernels: sparse FFNs, FFNs that tokens skip, merged experts.
 
 The modules' code ships in the checkpoint and knows nothing of this package; here they are given what they ask for. Each
 decides at every call: training, other devices and other implementations of experts run as if nothing were attached.
@@ -6,12 +6,14 @@ decides at every call: training, other devices and other implementations of expe
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from espalier.kernels import device, neuron_ffn
+from espalier.kernels import depth_ffn, device, neuron_ffn
+from espalier.kernels.expert_layout import ExpertLayout
 from espalier.kernels.jit import runs_on
 from espalier.kernels.route_plan import NO_SKIP, SkipRule
 
@@ -30,14 +32,20 @@ class Route:
 def attach(model: torch.nn.Module) -> int:
     """Give kernels to the modules of a loaded model that can use them, and return how many these are.
 
-    A sparse FFN runs its units with `neuron_ffn`. A MoE block whose checkpoint maps or skips experts does both in the
-    launch of the route plan, where its experts' implementation is `espalier`.
+    A sparse FFN runs its units with `neuron_ffn`, a dense one that some tokens skip runs the others with `depth_ffn`.
+    A MoE block whose checkpoint maps or skips experts does both in the launch of the route plan, where its experts'
+    implementation is `espalier`.
     """
     number = 0
     module: Any
     for module in model.modules():
         if type(module).__name__ == "SparseFFN" and neuron_ffn.unsupported(module, module.up.weight.device) is None:
             module.kernel = _ffn_kernel(module)
+            number += 1
+        if _finds_tokens(module) and depth_ffn.unsupported(module) is None:
+            known = depth_ffn.known(module)
+            assert known is not None
+            module._depth.kernel = partial(_depth_kernel, *known)
             number += 1
         for name, hook in list(module._forward_pre_hooks.items()):
             original = getattr(hook, "func", None)
@@ -61,6 +69,25 @@ def _ffn_kernel(ffn: Any) -> Callable[[Tensor, Tensor], Tensor | None]:
         return neuron_ffn.forward(made[0], hidden, weights)
 
     return run
+
+
+def _finds_tokens(module: Any) -> bool:
+    """Whether a module is an FFN that runs some of the tokens that it is given, and asks for a kernel."""
+    place: Any = getattr(module, "_depth", None)
+    if not hasattr(place, "kernel"):
+        return False
+    return not place.attends or (place.keeps_all and not hasattr(module, "depth_router"))
+
+
+def _depth_kernel(
+    names: depth_ffn.Names, layout: ExpertLayout, module: Any, states: Tensor, kept: Tensor
+) -> Tensor | None:
+    if not depth_ffn.runs(module, names, states):
+        return None
+    place, factor = module._depth, None
+    if place.factor is not None and any(hook == place.weigh for hook in module._forward_hooks.values()):
+        factor, place.factor = place.factor.flatten(), None  # or the hook would multiply once more
+    return depth_ffn.forward(depth_ffn.DenseFFN.of(module, names, layout), states, kept, factor)
 
 
 def _route_of(hook: Any, experts: Any) -> Route | None:
