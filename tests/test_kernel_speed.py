@@ -5,16 +5,20 @@ import json
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from espalier import kernel_table
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
 from espalier.kernel_settings import KernelBench
 from espalier.kernel_speed import FORMAT, Traces, measure_kernels
-from espalier.kernels import chooser, routings
+from espalier.kernels import chooser, peers, routings
+from espalier.kernels.expert_layout import ExpertLayout
 from espalier.kernels.targets import TARGETS
 from espalier.kernels.tile import GATE_UP, MATMUL
 from espalier.kernels.traffic import Floor, padded
@@ -33,7 +37,7 @@ QUICK = {
         ({"token": [1]}, "unknown key 'token'"),
         ({"routings": ["real"]}, "routings has 'real'"),
         ({"routings": []}, "routings=()"),
-        ({"implementations": ["vllm"]}, "implementations has 'vllm'"),
+        ({"implementations": ["sglang"]}, "implementations has 'sglang'"),
         ({"targets": ["sm_70"]}, "targets has 'sm_70'"),
         ({"rounds": 2}, "rounds=2, expected a whole number >= 3"),
         ({"tokens": [0]}, "tokens=0"),
@@ -104,6 +108,18 @@ def test_shared_picks_are_those_that_a_loop_over_tokens_finds():
     batches = [{expert_map[e] for token in experts[n : n + 8].tolist() for e in token} for n in range(0, 40, 8)]
     assert found["union"] == {"1": pytest.approx(sum(distinct) / 40), "8": pytest.approx(sum(map(len, batches)) / 5)}
     assert found["union_even"]["1"] == pytest.approx(sum(every) / len(every))
+    skipped = np.array([[rng.random() < 0.4 for _ in range(k)] for _ in range(40)])
+    ran = [
+        [expert_map[e] for e, gone in zip(*both, strict=True) if not gone]
+        for both in zip(experts.tolist(), skipped.tolist(), strict=True)
+    ]
+    found = routing_facts(experts, rows, expert_map, [8], skipped)
+    assert found["skipped"] == pytest.approx(1 - sum(map(len, ran)) / (40 * k))
+    assert found["collisions"] == pytest.approx(sum(len(set(token)) < len(token) for token in ran) / 40)
+    assert found["joined"] == pytest.approx(sum(len(token) - len(set(token)) for token in ran) / (40 * k))
+    assert found["union"]["8"] == pytest.approx(
+        sum(len({e for token in ran[n : n + 8] for e in token}) for n in range(0, 40, 8)) / 5
+    )
     plain = routing_facts(experts, rows, None, [1])
     assert (plain["joined"], plain["joined_even"], plain["collisions"]) == (0, pytest.approx(0), 0)
 
@@ -196,6 +212,26 @@ def test_real_routing_comes_from_the_trace(tiny_model):
     assert {row["rows"] for row in document["measured"]} == {2, 14}
 
 
+def test_the_trace_is_skipped_as_the_block_skips(tiny_model, applied):
+    original, directory, _ = applied("mixtral", "skip")
+    shape = Checkpoint(original).shape()
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for layer in shape.layers:
+        experts = np.argsort(rng.random((30, 8)), axis=1)[:, :2].astype(np.int32)
+        weights = rng.dirichlet([1, 1], 30).astype(np.float32)
+        arrays["routing", layer] = {"experts": experts, "weights": weights, "probability": weights}
+    stats = Stats(shape, (30,), arrays)
+    bench = KernelBench.of(QUICK | {"routings": ["trace"], "tokens": [1, 30]})
+    document = measure_kernels(directory, original, bench, "float32", "cpu", Traces(stats, stats))
+    (timed,) = {
+        row["rows"] for row in document["measured"] if row["implementation"] == "espalier" and row["tokens"] == 30
+    }
+    facts = next(row for row in document["routing"] if row["layer"] == document["layer"])
+    assert 0 < facts["skipped"] < 0.5
+    assert timed == round(60 * (1 - facts["skipped"]))
+
+
 def test_a_wrong_output_is_not_timed(tiny_model, monkeypatch):
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -233,3 +269,70 @@ def test_what_has_no_experts_or_no_such_layer_is_refused(tiny_model):
 def test_torch_is_not_needed_to_choose():
     code = "import sys; import espalier.kernels.chooser, espalier.kernel_settings; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def experts_of_a_mixtral(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("mixtral"), dtype="float32")
+    model.set_experts_implementation("eager")
+    experts = model.model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, experts.hidden_dim, generator=generator)
+    indices = torch.stack([torch.randperm(experts.num_experts, generator=generator)[:2] for _ in range(9)])
+    indices[3, 1] = indices[5, 0] = experts.num_experts  # of no expert
+    weights = torch.rand(9, 2, generator=generator)
+    loop = torch.zeros_like(hidden)
+    for token, (picks, factors) in enumerate(zip(indices.tolist(), weights, strict=True)):
+        for expert, factor in zip(picks, factors, strict=True):
+            if expert < experts.num_experts:
+                gate, up = (experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
+                loop[token] += factor * (experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up))
+    return experts, hidden, indices, weights, loop
+
+
+def test_vllm_is_called_as_its_function_wants(tiny_model, monkeypatch):
+    experts, hidden, indices, weights, wanted = experts_of_a_mixtral(tiny_model)
+
+    def fused_experts(hidden_states, w1, w2, topk_weights, topk_ids):
+        assert topk_ids.dtype == torch.int32
+        assert topk_weights.dtype == torch.float32
+        assert topk_ids.max() < len(w1)
+        width = w2.shape[2]
+        gate_up = torch.einsum("td,tknd->tkn", hidden_states, w1[topk_ids.long()])
+        inner = torch.nn.functional.silu(gate_up[..., :width]) * gate_up[..., width:]
+        return torch.einsum("tkf,tkdf,tk->td", inner, w2[topk_ids.long()], topk_weights)
+
+    monkeypatch.setitem(sys.modules, peers.MODULES["vllm"], SimpleNamespace(fused_experts=fused_experts))
+    torch.testing.assert_close(peers.vllm(experts, hidden, indices, weights), wanted)
+
+
+def test_scattermoe_is_called_as_its_functions_want(tiny_model, monkeypatch):
+    experts, hidden, indices, weights, wanted = experts_of_a_mixtral(tiny_model)
+
+    def flatten_sort_count(index, number):
+        order = index.flatten().sort(stable=True)
+        return order.values, order.indices, index.flatten().bincount(minlength=number).cumsum(0)
+
+    def parallel_linear(x, w, k, by, place, ends, gates=None, grouped_in=False, grouped_out=False):
+        assert ends[-1] == len(by) == len(place)
+        rows = x if grouped_in else x[place // k]  # in the order of experts
+        y = torch.einsum("rd,rdn->rn", rows, w[by])
+        if grouped_out:
+            return y
+        back = torch.empty_like(y)
+        back[place] = y
+        return (gates[:, None] @ back.view(*gates.shape, -1))[:, 0]
+
+    fake = SimpleNamespace(flatten_sort_count=flatten_sort_count, parallel_linear=parallel_linear)
+    monkeypatch.setitem(sys.modules, peers.MODULES["scattermoe"], fake)
+    torch.testing.assert_close(peers.scattermoe(experts, hidden, indices, weights), wanted)
+
+
+def test_peers_are_left_out_with_a_reason(tiny_model):
+    bench = KernelBench.of(QUICK | {"implementations": ["eager", "vllm", "scattermoe", "espalier"]})
+    model = tiny_model("mixtral")
+    document = measure_kernels(model, model, bench, "float32", "cpu", Traces())
+    assert {row["implementation"] for row in document["measured"]} == {"eager", "espalier"}
+    assert document["left_out"] == {"vllm": "runs on a GPU only", "scattermoe": "runs on a GPU only"}
+    assert "Left out: vllm, which runs on a GPU only." in kernel_table.markdown({"row": document})
+    layout, gpu = ExpertLayout(8, 64, 32, True, False, False, False, False, "silu"), torch.device("cuda")
+    assert peers.unsupported("vllm", layout, gpu) == "is not installed"

@@ -10,7 +10,8 @@ from espalier.errors import UserError, nearest
 from espalier.kernels.targets import TARGETS
 
 ROUTINGS = ("uniform", "zipf", "hot", "trace")
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "espalier")
+PEERS = ("vllm", "scattermoe")  # other projects', left out where they are not installed or do not run
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", *PEERS, "espalier")
 CACHES = ("warm", "cold")
 FLUSHED = 2**28  # bytes read between calls for a cold cache
 
@@ -61,10 +62,6 @@ class KernelBench:
         if bench.layer is not None:
             _whole(where, "layer", bench.layer, 0)
         return bench
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _names(where: str, key: str, given: Any, allowed: Sequence[str], least: int) -> None:

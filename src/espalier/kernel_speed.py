@@ -9,25 +9,27 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from espalier import kernels
+from espalier import kernels, modeling_espalier
 from espalier.errors import UserError
 from espalier.experts import ExpertWeights
 from espalier.kernel_block import Inputs, LoadedBlock, block_layer, loaded_block
 from espalier.kernel_clock import Clock
-from espalier.kernel_settings import KernelBench
-from espalier.kernels import chooser, device, packed
+from espalier.kernel_settings import PEERS, KernelBench
+from espalier.kernels import chooser, device, packed, peers
 from espalier.kernels.targets import TARGETS
 from espalier.kernels.traffic import Floor, padded
 from espalier.routing_facts import routing_facts
 from espalier.stats import Stats
 
-FORMAT = "espalier.kernel_speed/1"
+FORMAT = "espalier.kernel_speed/2"
 UNCOMPRESSED = "uncompressed"  # the original's block, by our kernels
 OURS = "espalier"
 # Largest difference from the plain computation, as part of its largest value.
@@ -47,12 +49,13 @@ class Traces:
 def measure_kernels(
     directory: Path, original: Path, bench: KernelBench, dtype: str, place: str, traces: Traces
 ) -> Document:
-    """Return what `espalier.kernel_speed/1` says for a checkpoint on the device `place`; `original` is uncompressed.
+    """Return what `espalier.kernel_speed/2` says for a checkpoint on the device `place`; `original` is uncompressed.
 
     UserError for a model without MoE blocks, a layer that has none, a rule of skipping that looks at more than the
     experts' input, or an implementation whose output is wrong.
     """
     kernels.register()
+    peers.register_peers()
     clock = Clock(place, bench.threads)
     layer = block_layer(directory, bench)
     with clock.running(), contextlib.ExitStack() as stack:
@@ -88,6 +91,7 @@ def measure_kernels(
             "width": theirs.layout.width,
         },
         "machine": machine,
+        "left_out": run.left_out,
         "measured": measured,
         "compiled": compiled,
         "routing": [] if traces.model is None else _routing(directory, bench, traces.model),
@@ -116,13 +120,18 @@ class _Run:
     ) -> None:
         self.bench, self.clock, self.machine = bench, clock, machine
         self.theirs, self.ours, self.before = theirs, ours, before
+        where = torch.device(clock.place)
+        reasons = {
+            name: peers.unsupported(name, theirs.layout, where) for name in PEERS if name in bench.implementations
+        }
+        self.left_out = {name: reason for name, reason in reasons.items() if reason is not None}
 
     def measure(self, given: Inputs, first: Inputs | None) -> Iterator[Document]:
         """Yield a row for each implementation and cache; UserError where an output is wrong."""
         tokens = len(given.hidden)
         calls: dict[str, Callable[[], Tensor]] = {}
         for name in self.bench.implementations:
-            if name != "batched_mm" or tokens <= self.bench.copying:
+            if name not in self.left_out and (name != "batched_mm" or tokens <= self.bench.copying):
                 block = self.ours if name == OURS else self.theirs
                 calls[name] = lambda block=block, name=name: block.call(name, given)  # type: ignore[misc]
         wanted = self.theirs.plain_output(given)
@@ -232,5 +241,20 @@ def _routing(directory: Path, bench: KernelBench, trace: Stats) -> list[Document
     for layer, arrays in trace.layers("routing"):
         mapped = weights.expert_map(layer)
         rows = len(mapped) if mapped is not None else int(trace.shape.experts)  # type: ignore[union-attr]
-        found.append({"layer": layer} | routing_facts(arrays["experts"], rows, mapped, bench.tokens))
+        skipped = _skipped(weights, layer, arrays)
+        found.append({"layer": layer} | routing_facts(arrays["experts"], rows, mapped, bench.tokens, skipped))
     return found
+
+
+def _skipped(weights: ExpertWeights, layer: int, arrays: dict[str, NDArray[Any]]) -> NDArray[np.bool_] | None:
+    """Return which picks [N, K] a checkpoint's rule leaves out, None where it has none."""
+    checkpoint, family = weights.checkpoint, weights.family
+    rule = checkpoint.config.get("espalier", {}).get("layers", {}).get(str(layer), {}).get("skip")
+    if rule is None:
+        return None
+    names = {"expert_map": family.expert_map_tensor(layer), "skip_factor": family.skip_factor_tensor(layer)}
+    tensors = {key: checkpoint.tensor(name) for key, name in names.items() if name in checkpoint.entries}
+    picks, factors = torch.from_numpy(arrays["experts"]).long(), torch.from_numpy(arrays["weights"]).float()
+    falling, order = factors.sort(dim=-1, descending=True, stable=True)
+    kept = modeling_espalier._kept(falling, picks.gather(-1, order), SimpleNamespace(**tensors), rule)
+    return ~kept.gather(-1, order.argsort(dim=-1)).numpy()

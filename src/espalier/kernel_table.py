@@ -214,7 +214,7 @@ def compiled_rows(document: Document) -> tuple[list[str], list[list[str]]]:
 def routing_rows(document: Document) -> tuple[list[str], list[list[str]]]:
     """Return the header and cells of what real routing shares, by layer."""
     sizes = sorted({int(tokens) for row in document["routing"] for tokens in row["union"]})
-    header = ["layer", "experts stored", "tokens with joined picks", "picks joined", "if drawn evenly"]
+    header = ["layer", "experts stored", "picks skipped", "tokens with joined picks", "picks joined", "if drawn evenly"]
     header += [f"experts run by {tokens}" for tokens in sizes]
     cells = []
     for row in document["routing"]:
@@ -223,7 +223,8 @@ def routing_rows(document: Document) -> tuple[list[str], list[list[str]]]:
             [
                 str(row["layer"]),
                 str(row["stored"]),
-                *(f"{row[key]:.1%}".replace("%", " %") for key in ("collisions", "joined", "joined_even")),
+                "" if row["skipped"] is None else _percent(row["skipped"]),
+                *(_percent(row[key]) for key in ("collisions", "joined", "joined_even")),
                 *("" if union is None else f"{union:.2f}" for union in unions),
             ]
         )
@@ -240,6 +241,7 @@ def caption(document: Document) -> str:
     return (
         f"Layer {document['layer']}: {block['experts']} experts, {block['k']} chosen, hidden {block['hidden']}, width "
         f"{block['width']}, {document['dtype']}. {said}"
+        + "".join(f" Left out: {name}, which {reason}." for name, reason in document["left_out"].items())
     )
 
 
@@ -265,6 +267,10 @@ def _number(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _percent(part: float) -> str:
+    return f"{part:.1%}".replace("%", " %")
 
 
 def _times(value: float | None) -> str:

@@ -40,7 +40,7 @@ def make_report(
 
     plans: plan files by the node ids that the table's lines name. stats: statistics with the probe `usage`, for
     the heat map of experts and their number (without any, the figures that need them are left out). kernels:
-    documents `espalier.kernel_speed/1` by the label of their row. The figures are saved beside the report too, as
+    documents `espalier.kernel_speed/2` by the label of their row. The figures are saved beside the report too, as
     `{out's stem}/*.svg`, and tables of kernels as `{out's stem}/kernels.md` and `.csv`.
     """
     document = load_table(table)

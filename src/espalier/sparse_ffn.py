@@ -37,7 +37,7 @@ class SparseFFN(nn.Module):
     """
 
     backend: str = "auto"  # or `masked`, `grouped`
-    # What computes [T, D] and [T, U] to [T, D] instead of `_grouped`, or None for too few tokens: of espalier.kernels
+    # What computes [T, D] and [T, U] to [T, D] instead of `_grouped`, or None: of espalier.kernels
     kernel: Any = None
 
     def __init__(self, stock: Any, modules: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ class SparseFFN(nn.Module):
             backend = "masked" if torch.is_grad_enabled() or self.training else "grouped"
         output = None
         if backend == "grouped":
-            output = self._grouped(flat, weights) if self.kernel is None else self.kernel(flat, weights)
+            output = self._grouped(flat, weights) if self.kernel is None else self.kernel(self, flat, weights)
         if output is None:
             output = self._masked(flat, weights)
         return output.view_as(hidden)

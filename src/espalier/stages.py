@@ -290,7 +290,7 @@ def _report(node: Document, store: Store, artefact: Path, record: Document) -> N
     usage = [Stats.load(store.path(p), probes=("usage",)) for p in parents if p["stage"] == "probe"]
     rows = store.parent(node, "table")["config"]["rows"]
     paths = {row["label"]: store.path(store.read_node(row["kernels"])) for row in rows if "kernels" in row}
-    kernels = {label: read_json(path, "espalier.kernel_speed/1") for label, path in paths.items()}
+    kernels = {label: read_json(path, "espalier.kernel_speed/2") for label, path in paths.items()}
     make_report(table, plans, usage, artefact, kernels)
     link_names(node, store)
 

@@ -31,7 +31,7 @@ VERSION: dict[str, int] = {
     "tune": 1,
     "task": 1,
     "score": 1,
-    "speed": 1,
+    "speed": 2,
     "table": 1,
     "report": 1,
 }

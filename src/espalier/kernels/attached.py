@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from espalier.kernels.jit import runs_on
 from espalier.kernels.route_plan import NO_SKIP, SkipRule
 
 Routed = tuple[Tensor, Tensor, Tensor]
+Views = WeakKeyDictionary[Any, neuron_ffn.NeuronFFN]  # by the module, so that a copy of it gets its own
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ def attach(model: torch.nn.Module) -> int:
     implementation is `espalier`.
     """
     number = 0
+    views: Views = WeakKeyDictionary()
     module: Any
     for module in model.modules():
         if type(module).__name__ == "SparseFFN" and neuron_ffn.unsupported(module, module.up.weight.device) is None:
-            module.kernel = _ffn_kernel(module)
+            module.kernel = partial(_ffn_kernel, views)
             number += 1
         if _finds_tokens(module) and depth_ffn.unsupported(module) is None:
             known = depth_ffn.known(module)
@@ -55,20 +58,16 @@ def attach(model: torch.nn.Module) -> int:
     return number
 
 
-def _ffn_kernel(ffn: Any) -> Callable[[Tensor, Tensor], Tensor | None]:
-    made: list[neuron_ffn.NeuronFFN] = []
-
-    def run(hidden: Tensor, weights: Tensor) -> Tensor | None:
-        if not runs_on(hidden.device):
-            found: Tensor = ffn._grouped(hidden, weights)
-            return found
-        if not made or made[0].first.up.data_ptr() != ffn.up.weight.data_ptr():  # moved since
-            made[:] = [neuron_ffn.NeuronFFN.of(ffn)]
-        if not neuron_ffn.worth(made[0], len(hidden), device.target_of(hidden.device)):
-            return None
-        return neuron_ffn.forward(made[0], hidden, weights)
-
-    return run
+def _ffn_kernel(views: Views, ffn: Any, hidden: Tensor, weights: Tensor) -> Tensor | None:
+    if not runs_on(hidden.device):
+        found: Tensor = ffn._grouped(hidden, weights)
+        return found
+    view = views.get(ffn)
+    if view is None or view.first.up.data_ptr() != ffn.up.weight.data_ptr():  # moved since
+        view = views[ffn] = neuron_ffn.NeuronFFN.of(ffn)
+    if not neuron_ffn.worth(view, len(hidden), device.target_of(hidden.device)):
+        return None
+    return neuron_ffn.forward(view, hidden, weights)
 
 
 def _finds_tokens(module: Any) -> bool:

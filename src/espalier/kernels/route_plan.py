@@ -164,7 +164,8 @@ def place_settings(slots_a_token: int, rows: int, experts: int, *, paired: bool 
     """
     k2, bins = power_of_2(slots_a_token), power_of_2(experts + 1)
     each = k2 * k2 if paired else k2
-    placed = max(1, min(64, 2048 // (k2 * max(bins, each))))
+    # With one expert and one slot, a token for each of the 256 threads: the compiler spills otherwise.
+    placed = max(1, min(256 if bins * k2 == 2 else 64, 2048 // (k2 * max(bins, each))))
     return {
         "K": slots_a_token,
         "K2": k2,

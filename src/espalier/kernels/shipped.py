@@ -90,6 +90,9 @@ def cases(target: Target) -> Iterator[Case]:
         variant = "gathered" if gathered else "rows"
         run = ragged_outer.ragged_outer
         yield case("ragged_outer", variant, run, block | {"GATHERED": gathered}, options, stride_n="constexpr")
+    yield _listed_case(1, 1, "the tokens of a layer", indices="*u8", weights="*fp32")  # depth_ffn
+    yield _listed_case(8, 8, "8 blocks of neurons", indices="*i64", weights="*fp32")  # neuron_ffn
+    yield _listed_case(9, 9, "8 blocks and the shared", indices="*i64", weights="*fp32")
     for experts, k in ((8, 2), (64, 8), (128, 8)):
         yield _plan_case(experts, k, scored=False)
         yield _plan_case(experts, k, scored=True)
@@ -115,4 +118,13 @@ def _plan_case(experts: int, k: int, *, scored: bool) -> Case:
     }  # fmt: skip
     variant = f"{experts} experts, top {k}" + (", from scores" if scored else "")
     own = {"weights": "*bf16", "indices": "*i64"}
+    return case("route_plan", variant, route_plan_kernel.place, constants, {"num_warps": 8, "num_stages": 1}, **own)
+
+
+def _listed_case(experts: int, k: int, variant: str, **own: str) -> Case:
+    """A plan of picks that differ, as they are: no map, no rule."""
+    constants = route_plan.place_settings(k, experts, experts, paired=False) | {
+        "BM": 16, "SCORED": False, "SIGMOID": False, "CORRECTED": False, "NORMED": False, "MAPPED": False,
+        "JOINED": False, "RULE": 0, "RESCALE": False,
+    }  # fmt: skip
     return case("route_plan", variant, route_plan_kernel.place, constants, {"num_warps": 8, "num_stages": 1}, **own)
