@@ -20,7 +20,7 @@ from dense_models import (
     save_dense,
     split_plan,
 )
-from espalier import dense_families, runtime
+from espalier import dense_families, runtime, sparse_ffn
 from espalier.apply import apply
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
@@ -146,6 +146,46 @@ def make_ffn(kind, **changes):
     for parameter in ffn.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return ffn
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dsmoe", "tomoe", "cmoe"])
+def test_pieces_and_rows_that_are_copied_give_the_same(kind, dtype, copied, monkeypatch):
+    taken = []
+    own = sparse_ffn._taken
+    monkeypatch.setattr(sparse_ffn, "_taken", lambda weight, rows: (taken.append(len(rows)), own(weight, rows))[1])
+    monkeypatch.setattr(sparse_ffn, "PIECE", 2**40 if copied else 0)
+    monkeypatch.setattr(sparse_ffn, "COMPILED", 2**40 if copied else -(2**20))
+    monkeypatch.setattr(sparse_ffn, "COPIED", 3 * 32 * dtype.itemsize * 5)  # five neurons at once
+    ffn = make_ffn(kind).to(dtype)
+    ffn.router.float()
+    hidden = torch.randn(23, 32, dtype=dtype)
+    with torch.inference_mode():
+        ffn.backend = "grouped"
+        found = ffn(hidden)
+        single = torch.cat([ffn(token[None]) for token in hidden])
+        ffn.backend = "masked"
+        expected = ffn(hidden)
+    many = any(len(ffn._merged(tuple(unit), 0)) > 1 for unit in ffn.units)
+    assert bool(taken) == (copied and many)
+    assert not taken or max(taken) == 5
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    torch.testing.assert_close(single, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def test_grouping_is_left_where_it_would_take_longer(monkeypatch):
+    ffn, calls = make_ffn("dsmoe", threshold=0.5).eval(), []
+    monkeypatch.setattr(ffn, "_masked", lambda hidden, weights: calls.append(len(hidden)) or hidden)
+    with torch.inference_mode():
+        ffn(torch.randn(23, 32))  # so small that calls take longer than products
+        assert calls == [23]
+        monkeypatch.setattr(sparse_ffn, "UNIT", 0)
+        monkeypatch.setattr(sparse_ffn, "PIECE", 0)
+        ffn(torch.randn(230, 32))
+        ffn(torch.randn(1, 32))
+    assert calls == [23]
 
 
 def test_gradients_are_those_of_the_formula():

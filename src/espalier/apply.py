@@ -27,6 +27,7 @@ OWN_FILES = ("config.json", "plan.json", "README.md")
 CODE = (
     "modeling_espalier",
     "sparse_ffn.py",
+    "sparse_router.py",
     "sparse_attention.py",
     "routed_depth.py",
     "ragged_cache.py",

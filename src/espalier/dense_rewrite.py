@@ -15,7 +15,7 @@ from espalier.split import Split, Threshold
 if TYPE_CHECKING:
     import torch
 
-CODE = ("modeling_espalier_ffn.py", "sparse_ffn.py", "sparse_attention.py")
+CODE = ("modeling_espalier_ffn.py", "sparse_ffn.py", "sparse_router.py", "sparse_attention.py")
 FORMAT = "espalier.ffn/1"
 
 Kind = TypeVar("Kind", Split, NarrowAttention)

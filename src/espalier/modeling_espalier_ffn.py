@@ -1,8 +1,8 @@
 """A causal language model whose feed-forward networks run some of their neurons for each token; made by Espalier.
 
-This file, `sparse_ffn.py` and `sparse_attention.py` lie in the checkpoint's directory and need torch and transformers
-only: `AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)`. It is the stock class with feed-forward
-networks and attention projections replaced as `espalier` in config.json says.
+This file, `sparse_ffn.py`, `sparse_router.py` and `sparse_attention.py` lie in the checkpoint's directory and need
+torch and transformers only: `AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)`. It is the stock
+class with feed-forward networks and attention projections replaced as `espalier` in config.json says.
 """
 
 from typing import Any, ClassVar

@@ -1,13 +1,14 @@
 """A feed-forward network of which each token runs some blocks of neurons; made by Espalier.
 
-Shipped beside `modeling_espalier.py` in a checkpoint's directory; needs torch only. One module stands for all methods
-that make a dense FFN sparse (espalier/split.py says what its settings mean). It computes in two ways, equal but for
-rounding:
+Shipped beside `modeling_espalier_ffn.py` in a checkpoint's directory; needs torch only. One module stands for all
+methods that make a dense FFN sparse (espalier/split.py says what its settings mean). It computes in two ways, equal but
+for rounding:
 
 * `masked` computes every neuron and multiplies those that a token does not run by zero: exact gradients, no saving.
 * `grouped` computes what runs: tokens are gathered by unit; a single token reads only its own rows of the weights.
 
-Training, and whatever needs gradients, is masked; inference is grouped. Neither draws random numbers.
+Training, and whatever needs gradients, is masked; inference is grouped where that is expected to take less time.
+Neither draws random numbers.
 
 Shapes: T tokens, D hidden, F' stored neurons, S segments, U units.
 """
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .sparse_router import Router
+
 # A single token computes so many neurons more rather than read the weights in two pieces.
 GAP = 32
 ALIGN = 64
@@ -27,6 +30,11 @@ ALIGN = 64
 WIDE = 512
 # Reading a neuron's weights takes as long as so many products with them (measured on a processor in bfloat16).
 TOKENS_A_READ = 32
+# The calls for a piece and for a unit take as long as reading so many bytes of weights (measured on a processor); those
+# for a piece of 16 bits with a number of tokens that is new are compiled first.
+PIECE, UNIT, COMPILED = 2**19, 2**20, 2**24
+# Bytes of weights that are written side by side at once: the allocator keeps so much, and caches hold most of it.
+COPIED = 3 * 2**23
 
 
 class SparseFFN(nn.Module):
@@ -36,7 +44,7 @@ class SparseFFN(nn.Module):
     their names here. `settings` are those of `Split.settings`.
     """
 
-    backend: str = "auto"  # or `masked`, `grouped`
+    backend: str = "auto"  # or `masked`; `grouped` even where that takes longer
     # What computes [T, D] and [T, U] to [T, D] instead of `_grouped`, or None: of espalier.kernels
     kernel: Any = None
 
@@ -56,6 +64,7 @@ class SparseFFN(nn.Module):
         self.router = Router(hidden, len(self.units), settings["router"]) if self.units or _oracle(settings) else None
         self._edges = list(accumulate(self.segments, initial=0))
         self._member: Tensor | None = None
+        self._segment_of: Tensor | None = None  # of each neuron
         self._runs: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         self._rows: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
@@ -117,7 +126,10 @@ class SparseFFN(nn.Module):
         if self.shared:
             always = torch.ones_like(by_segment[:, : self.shared])
             by_segment = torch.cat([always, by_segment[:, self.shared :]], dim=1)
-        return by_segment.repeat_interleave(torch.tensor(self.segments, device=weights.device), dim=1)
+        if self._segment_of is None or self._segment_of.device != weights.device:
+            segment = torch.arange(len(self.segments)).repeat_interleave(torch.tensor(self.segments))
+            self._segment_of = segment.to(weights.device)
+        return by_segment.index_select(1, self._segment_of)
 
     def active_neurons(self, weights: Tensor) -> Tensor:
         """Return how many neurons each token runs, int64 [T]: a segment that two of its units share counts once."""
@@ -146,7 +158,7 @@ class SparseFFN(nn.Module):
             return self._one_token(hidden, weights)
         chosen = weights != 0
         counts = chosen.sum(dim=0).tolist()
-        if not self._worth_grouping(len(hidden), counts):
+        if self.backend != "grouped" and not self._worth_grouping(len(hidden), counts):
             return self._masked(hidden, weights)
         always = self._edges[self.shared]
         if always:
@@ -158,20 +170,44 @@ class SparseFFN(nn.Module):
         for unit, count in enumerate(counts):
             if count:
                 tokens = chosen[:, unit].nonzero()[:, 0]
-                inner = self._pieces(hidden[tokens], self._merged(tuple(self.units[unit]), 0))
-                inner = inner * weights[tokens, unit].unsqueeze(1).to(inner.dtype)
-                output.index_add_(0, tokens, self._down_pieces(inner, self._merged(tuple(self.units[unit]), 0), None))
+                weight = weights[tokens, unit].unsqueeze(1)
+                output.index_add_(0, tokens, self._unit(hidden[tokens], weight, tuple(self.units[unit])))
         return output
+
+    def _unit(self, hidden: Tensor, weight: Tensor, segments: tuple[int, ...]) -> Tensor:
+        """Return the weighted output [t, D] of a unit's segments, without a bias, for its tokens [t, D]."""
+        runs = self._merged(segments, 0)
+        width = sum(stop - start for start, stop in runs)
+        # A product with few rows is as slow as one with 32 more; or the rows are first written side by side.
+        piece = PIECE if hidden.dtype == torch.float32 else COMPILED
+        apart = (len(runs) - 1) * (piece + self._neuron_bytes * len(hidden))
+        if apart <= 1.5 * width * self._neuron_bytes:
+            inner = self._pieces(hidden, runs)
+            return self._down_pieces(inner * weight.to(inner.dtype), runs, None)
+        output = hidden.new_zeros(hidden.shape)
+        for rows in torch.split(self._neurons_of(segments, runs)[0], max(1, COPIED // self._neuron_bytes)):
+            up = _chosen_rows(self.up, hidden, rows)
+            inner = self._activation(up if self.gate is None else _chosen_rows(self.gate, hidden, rows))
+            inner = (inner if self.gate is None else inner * up) * weight.to(inner.dtype)
+            output = torch.addmm(output, inner, _taken(self._down_by_neuron(), rows))
+        return output
+
+    @property
+    def _neuron_bytes(self) -> int:
+        return (2 if self.gate is None else 3) * self.up.in_features * self.up.weight.element_size()
 
     def _worth_grouping(self, tokens: int, counts: list[int]) -> bool:
         """Whether the units, run one by one on so many tokens each, take less time than all neurons on all `tokens`.
 
         A neuron's weights are read once for all of a unit's tokens, which takes as long as TOKENS_A_READ products.
         """
-        whole = sum(self.segments) * (1 + tokens / TOKENS_A_READ)
-        always = self._edges[self.shared] * (1 + tokens / TOKENS_A_READ)
-        parts = (self.unit_width(unit) * (1 + n / TOKENS_A_READ) for unit, n in enumerate(counts) if n)
-        return bool(always + sum(parts) < whole)
+        whole = self._reads(sum(self.segments), tokens)
+        parts = (UNIT + self._reads(self.unit_width(unit), n) for unit, n in enumerate(counts) if n)
+        return self._reads(self._edges[self.shared], tokens) + sum(parts) < whole
+
+    def _reads(self, neurons: int, tokens: int) -> float:
+        """Return the bytes of weights that take as long to read as so many neurons take to run."""
+        return neurons * self._neuron_bytes * (1 + tokens / TOKENS_A_READ)
 
     def _one_token(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """Run the segments of one token's units, read in as few pieces as is worth it."""
@@ -179,6 +215,10 @@ class SparseFFN(nn.Module):
         values[: self.shared] = [1.0] * self.shared
         segments = tuple(segment for segment, value in enumerate(values) if value)
         runs = self._rounded(segments)
+        read = sum(stop - start for start, stop in runs)
+        longer = (len(runs) - 1) * PIECE + self._reads(read, 0) > self._reads(sum(self.segments), 0)
+        if longer and self.backend != "grouped":
+            return self._masked(hidden, weights)
         inner = self._pieces(hidden, runs)
         plain = all(values[segment] == 1.0 for segment in segments)
         if len(runs) > 1 and hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
@@ -302,93 +342,6 @@ class SparseFFN(nn.Module):
         return kept.to(inner.dtype)
 
 
-class Router(nn.Module):
-    """Scores the units of a FFN for each token and returns their weights; computes in float32.
-
-    `straight_through` (training): a unit that does not run still has the gradient of its gate (DSMoE, eq. 10).
-    `gates` keeps those of the last call, [T, U], with their gradient: what DSMoE's loss makes small.
-    """
-
-    straight_through: bool = True
-
-    def __init__(self, hidden: int, units: int, settings: dict[str, Any]) -> None:
-        super().__init__()
-        self.kind, self.choose, self.weigh = settings["kind"], settings["choose"], settings["weights"]
-        self.k, self.threshold, self.scale_by = settings["k"], settings["threshold"], settings["scale"]
-        self.normalise, self.level, self.units = settings["normalise"], settings["level"], units
-        sizes = {
-            "weight": (units, hidden),
-            "gate": (units, hidden),
-            "up": (units, hidden),
-            "first": (settings["hidden"], hidden),
-            "second": (units, settings["hidden"]),
-            "bias": (units,),
-            "scale": (units,),
-            "offset": (units,),
-        }
-        for role in settings["tensors"]:
-            self.register_parameter(role, nn.Parameter(torch.zeros(sizes[role], dtype=torch.float32)))
-        # A choice has no gradient; only what weighs the chosen has one.
-        self.learns = self.weigh != "one" and self.kind != "oracle"
-        if self.kind == "analytic" and self.has("bias"):
-            self.own("bias").requires_grad_(False)
-        self.gates: Tensor | None = None
-
-    def own(self, role: str) -> Tensor:
-        """Return the parameter that has this role."""
-        return self.get_parameter(role)
-
-    def has(self, role: str) -> bool:
-        """Whether there is a parameter for this role."""
-        return role in self._parameters
-
-    def scores(self, hidden: Tensor, activation: Any) -> Tensor:
-        """Return the units' scores, float32 [T, U]."""
-        x = hidden.float()
-        if self.normalise:
-            x = functional.normalize(x, dim=-1)
-        if self.kind == "linear":
-            return functional.linear(x, self.own("weight"), self.own("bias") if self.has("bias") else None)
-        if self.kind == "mlp":
-            return functional.linear(functional.linear(x, self.own("first")).tanh(), self.own("second"))
-        offset = self.own("offset") if self.has("offset") else None
-        found: Tensor = activation(functional.linear(x, self.own("gate"), offset))
-        if self.has("up"):
-            found = found * functional.linear(x, self.own("up"))
-        return found.abs().softmax(dim=-1)
-
-    def forward(self, hidden: Tensor, activation: Any) -> Tensor:
-        """Return the weights of the units, float32 [T, U]; 0 where a unit does not run."""
-        scores = self.scores(hidden, activation)
-        if self.choose == "threshold":
-            return self._gated(scores)
-        ranked = scores
-        if self.kind == "analytic" and self.has("bias"):
-            ranked = scores + self.own("bias")
-        chosen = torch.zeros_like(scores).scatter(1, ranked.topk(self.k, dim=1).indices, 1.0)
-        if self.weigh == "softmax":
-            return scores.masked_fill(chosen == 0, float("-inf")).softmax(dim=-1).mul(self.scale_by)
-        if self.weigh == "score":
-            return chosen * (1 + scores * self.own("scale"))
-        return chosen.mul(self.scale_by)
-
-    def _gated(self, scores: Tensor) -> Tensor:
-        """Return q U / (units chosen) of the units whose q = sigmoid(score) exceeds the threshold."""
-        q = scores.sigmoid()
-        chosen = q > self.threshold
-        # None may do so: then the largest runs, since the number of units chosen is divided by.
-        chosen = chosen | functional.one_hot(q.argmax(dim=1), self.units).bool() & ~chosen.any(dim=1, keepdim=True)
-        self.gates = gated = q * chosen
-        weights: Tensor
-        if self.weigh == "one":
-            weights = chosen.to(q.dtype) * self.scale_by
-            return weights
-        if self.training and self.straight_through:
-            gated = gated.detach() + q - q.detach()
-        weights = gated * (self.units / chosen.sum(dim=1, keepdim=True))
-        return weights
-
-
 def _rows(linear: nn.Linear, hidden: Tensor, start: int, stop: int | None) -> Tensor:
     """Return what the outputs start..stop of a linear layer are for `hidden` [T, D]."""
     bias = None if linear.bias is None else linear.bias[start:stop]
@@ -397,3 +350,15 @@ def _rows(linear: nn.Linear, hidden: Tensor, start: int, stop: int | None) -> Te
 
 def _oracle(settings: dict[str, Any]) -> bool:
     return bool(settings["router"]["kind"] == "oracle")
+
+
+def _chosen_rows(linear: nn.Linear, hidden: Tensor, rows: Tensor) -> Tensor:
+    """Return what the outputs `rows` [n] of a linear layer are for `hidden` [T, D]."""
+    return functional.linear(hidden, _taken(linear.weight, rows), None if linear.bias is None else linear.bias[rows])
+
+
+def _taken(weight: Tensor, rows: Tensor) -> Tensor:
+    """Return some rows of a matrix side by side; as words of four bytes, which are copied faster than those of two."""
+    if weight.element_size() == 2 and weight.shape[1] % 2 == 0 and weight.is_contiguous():
+        return weight.view(torch.int32).index_select(0, rows).view(weight.dtype)
+    return weight.index_select(0, rows)
