@@ -204,7 +204,9 @@ def test_an_unknown_task_is_named_with_lm_evals_nearest(moe: Path, monkeypatch: 
             assert include_defaults
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
-    with pytest.raises(UserError, match="'arc_chalenge' is neither embedded nor lm-eval's; did you mean arc_challenge"):
+    with pytest.raises(
+        UserError, match="'arc_chalenge' is neither embedded nor lm-eval's nor in conf/task; did you mean arc_challenge"
+    ):
         scoring.score(moe, [{"task": "arc_chalenge"}], CPU, dtype="float32")
 
 
@@ -276,3 +278,24 @@ def test_a_divergence_without_answers_is_refused(moe: Path) -> None:
         scoring.score(moe, [KL], CPU, dtype="float32")
     with pytest.raises(UserError, match="'kl_wikki' is unknown; did you mean kl_wiki"):
         scoring.score(moe, [KL | {"task": "kl_wikki"}], CPU, dtype="float32")
+
+
+def test_a_task_of_conf_is_scored_as_the_packages_and_refused_when_it_changed(
+    assets: Path, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "conf/task"
+    folder.mkdir(parents=True)
+    (tmp_path / "conf/config.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    packaged = json.loads((assets / "tasks" / "plain.yaml").read_text())
+    (folder / "mine.yaml").write_text(json.dumps(packaged | {"task": "mine"}))
+    (folder / "items.jsonl").write_text((assets / "tasks" / "items.jsonl").read_text())
+    task = {"task": "mine", "limit": 5, "content": scoring.task_revision("mine")}
+    own, samples = scoring.score(moe, [task], CPU, dtype="float32")
+    other, expected = scoring.score(moe, [{"task": "plain", "limit": 5}], CPU, dtype="float32")
+    assert own["tasks"]["mine"] == other["tasks"]["plain"]
+    assert list(samples["item"]) == [f"item/{n}" for n in range(5)]  # their own ids, as the package's
+    assert list(samples["acc"]) == list(expected["acc"])
+    (folder / "items.jsonl").write_text((folder / "items.jsonl").read_text() + "\n")
+    with pytest.raises(UserError, match=r"conf/task/mine\.yaml or its data changed since this run was planned"):
+        scoring.score(moe, [task], CPU, dtype="float32")

@@ -1,6 +1,7 @@
 """Sources: revisions are contents, downloads are pinned and resumed, pins change one line."""
 
 import hashlib
+import json
 import shutil
 
 import pytest
@@ -244,3 +245,32 @@ def test_calibration_and_task_revisions(tmp_path, monkeypatch):
 def test_no_commit_is_made_up(name):
     revision = conf.load("model", name)["revision"]
     assert revision is None or hub.COMMIT.fullmatch(revision)
+
+
+def test_a_task_of_ones_own_is_its_yaml_and_the_data_that_it_names(tmp_path, monkeypatch):
+    folder = tmp_path / "conf/task"
+    folder.mkdir(parents=True)
+    (tmp_path / "conf/config.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    data = {"train": "../shots.jsonl", "validation": ["a.jsonl", "b.jsonl"]}
+    text = json.dumps({"task": "mine", "dataset_kwargs": {"data_files": data}})  # JSON is YAML
+    (folder / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"mine\.yaml: data_files names .*shots\.jsonl, which is not there"):
+        sources.task_revision("mine")
+    for name in ("../shots", "a", "b"):
+        (folder / f"{name}.jsonl").write_text("{}\n")
+    first = sources.task_revision("mine")
+    assert first.startswith("sha256:")
+    for name in ("../shots", "a", "b"):
+        (folder / f"{name}.jsonl").write_text('{"more": 1}\n')
+        assert sources.task_revision("mine") != first
+        (folder / f"{name}.jsonl").write_text("{}\n")
+    assert sources.task_revision("mine") == first
+    assert sources.task_items("mine") == folder / "../shots.jsonl"
+    assert sources.own_task("hellaswag") == []
+    (folder / "mine.yaml").write_text("task: thine")
+    with pytest.raises(UserError, match=r"mine\.yaml: does not say `task: mine`"):
+        sources.task_revision("mine")
+    (folder / "maths_choice.yaml").write_text("task: maths_choice")
+    with pytest.raises(UserError, match=r"the package has a task 'maths_choice'. Give yours another name"):
+        sources.task_revision("maths_choice")

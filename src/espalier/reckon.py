@@ -252,11 +252,11 @@ class Reckoner:
 
     def _scored_tokens(self, task: Document) -> int:
         name, limit = str(task["task"]), task.get("limit")
-        items = sources.ASSETS / "tasks" / f"{name}.jsonl"
         domain = _domain(name)
         if domain is not None:
             return _held_out_tokens(domain)
-        if items.is_file():
+        items = sources.task_items(name)
+        if items is not None:
             # A line holds a context and its continuations, which share it when they are scored.
             return int(sum(map(len, items.read_bytes().splitlines()[:limit])) / BYTES_PER_TOKEN)
         if name in KNOWN_TASKS:
@@ -284,8 +284,8 @@ def _held_out_tokens(domain: str) -> int:
 def _longest_choice(task: Document) -> int:
     """Tokens of a task's longest choice with its context."""
     name = str(task["task"])
-    items = sources.ASSETS / "tasks" / f"{name}.jsonl"
-    if not items.is_file():
+    items = sources.task_items(name)
+    if items is None:
         return LONGEST * KNOWN_TASKS[name][2] if name in KNOWN_TASKS else CHOICE_LENGTH
     lengths = []
     for item in map(json.loads, items.read_text().splitlines()[: task.get("limit")]):

@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from espalier import runtime
+from espalier import conf, runtime
 from espalier.active import count_parameters, is_moe
 from espalier.checkpoint import Checkpoint
 from espalier.collect import check_weights, naming_file
 from espalier.embedded.assets import text_directory
-from espalier.embedded.tasks import task_configs, task_names
+from espalier.embedded.tasks import is_own, task_configs, task_names
 from espalier.errors import UserError, nearest
 from espalier.intervals import estimate
 from espalier.perplexity import DocumentScore, Text, document_scores, streamed_scores
@@ -28,6 +28,7 @@ from espalier.samples import FORMAT
 from espalier.samples import load_samples as load_samples
 from espalier.samples import load_scores as load_scores
 from espalier.samples import save_scores as save_scores
+from espalier.sources import task_revision
 from espalier.store import read_json
 from espalier.stream import StreamedModel
 from espalier.teacher import Teacher
@@ -54,7 +55,8 @@ def score(
     """Score the model in `directory` and return (document, samples).
 
     tasks: {"task": name, "limit": items or None, "length": tokens a window or None}; a name is that of an
-    embedded task, `perplexity_DOMAIN` or `kl_DOMAIN` of an embedded text (`limit` does not apply: all its documents),
+    embedded task or of one of conf/task, `perplexity_DOMAIN` or `kl_DOMAIN` of an embedded text (`limit` does not
+    apply: all its documents),
     or any lm-eval task or group. `answers`: by `kl_` task the original's, which `save_teacher` wrote for the same
     windows. A model that does not fit is run layer by layer, all choices in one pass over its weights and all texts in
     another.
@@ -228,6 +230,11 @@ def _lm_eval(
 ) -> Iterator[tuple[str, Document, pd.DataFrame]]:
     from lm_eval import evaluator
 
+    for task in tasks:
+        if is_own(task["task"]) and task.get("content") not in (None, task_revision(task["task"])):
+            raise UserError(
+                f"conf/task/{task['task']}.yaml or its data changed since this run was planned. Run it again."
+            )
     with _quiet():
         loaded = {task["task"]: _load(task["task"]) for task in tasks}
         leaves = {name: task for found in loaded.values() for name, task in found["tasks"].items()}
@@ -268,12 +275,12 @@ def _load(name: str) -> Document:
     """Load a task or group; lm-eval's own 14,000 task files are indexed only when one of them is asked for."""
     from lm_eval.tasks import TaskManager
 
-    own = name in task_names()
+    own = name in task_names() or is_own(name)
     manager = TaskManager(include_defaults=not own)
     if not own and name not in manager.all_tasks:
-        known = [*task_names(), *manager.all_tasks]
+        known = [*task_names(), *conf.names("task"), *manager.all_tasks]
         hint = nearest(name, known).split("known:")[0].strip() or "`lm_eval ls tasks` prints the names."
-        raise UserError(f"evaluation: task {name!r} is neither embedded nor lm-eval's; {hint}")
+        raise UserError(f"evaluation: task {name!r} is neither embedded nor lm-eval's nor in conf/task; {hint}")
     try:
         loaded: Document = manager.load(task_configs([name]) if own else [name])
     except (ConnectionError, FileNotFoundError) as error:
@@ -313,7 +320,7 @@ def _sample_frame(task: str, leaf: str, samples: list[Document]) -> pd.DataFrame
         first.setdefault(sample["doc_id"], sample)
     rows = []
     for number, sample in sorted(first.items()):
-        item = str(sample["doc"].get("id", number)) if leaf in task_names() else str(number)
+        item = str(sample["doc"].get("id", number)) if leaf in task_names() or is_own(leaf) else str(number)
         values = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], int | float)}
         rows.append({"task": task, "item": item if leaf == task else f"{leaf}/{item}"} | values)
     return pd.DataFrame(rows)

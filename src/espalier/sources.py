@@ -130,19 +130,49 @@ def calibration_revision(calibration: dict[str, Any]) -> str | None:
 def task_revision(task: str) -> str:
     """Return the content identity of a task: a hash over the package's own files, else lm-eval's version.
 
-    UserError when the text of a `perplexity_DOMAIN` or `kl_DOMAIN` is not there.
+    UserError when the text of a `perplexity_DOMAIN` or `kl_DOMAIN`, or the data of a task in conf/task, is not there.
     """
     domain = task.removeprefix("perplexity_").removeprefix("kl_")
     if domain != task:
         return _digest([ASSETS / "text" / domain / "validation.jsonl"], f"task {task}")
-    own = ASSETS / "tasks"
-    files = sorted(p for p in own.rglob("*") if p.is_file() and p.stem == task)
+    files = sorted(p for p in (ASSETS / "tasks").rglob("*") if p.is_file() and p.stem == task)
+    if own := own_task(task):
+        if files:
+            raise UserError(f"{own[0]}: the package has a task {task!r}. Give yours another name.")
+        files = own
     if files:
         return _digest(files, f"task {task}")
     try:
         return f"lm_eval=={metadata.version('lm_eval')}"
     except metadata.PackageNotFoundError:
         raise UserError(f"task {task}: lm_eval is not installed. Run `pip install espalier[run]`.") from None
+
+
+def own_task(task: str) -> list[Path]:
+    """Return the files of a task of conf/task, its YAML first, then the data that it names; empty for other tasks.
+
+    Data files lie beside the YAML, or where their path from there leads. UserError when one is missing.
+    """
+    import yaml
+
+    path = conf.directory() / "task" / f"{task}.yaml"
+    if not path.is_file():
+        return []
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or config.get("task") != task:
+        raise UserError(f"{path}: does not say `task: {task}`, the name of its file.")
+    named = (config.get("dataset_kwargs") or {}).get("data_files") or {}
+    files = [path.parent / file for files in named.values() for file in ([files] if isinstance(files, str) else files)]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{path}: data_files names {missing[0]}, which is not there.")
+    return [path, *files]
+
+
+def task_items(task: str) -> Path | None:
+    """Return the JSON lines of a task of the package's or of conf/task, one item a line; None where there are none."""
+    files = [ASSETS / "tasks" / f"{task}.jsonl", *own_task(task)[1:]]
+    return next((file for file in files if file.suffix == ".jsonl" and file.is_file()), None)
 
 
 def pin(name: str, update: bool = False) -> tuple[Path, str | None, str]:
