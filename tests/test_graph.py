@@ -268,3 +268,11 @@ def test_a_file_that_is_no_yaml_is_named_with_its_line(tmp_path, monkeypatch):
     store = project(tmp_path, monkeypatch, ["{method: random, method.seed: ${seeds}}"])
     with pytest.raises(UserError, match=r"conf/experiment/mine\.yaml, line 5: expected ',' or '}', but got '{'"):
         graph.expand("mine", [], store)
+
+
+def test_an_experiment_without_its_first_line_is_refused(tmp_path, monkeypatch):
+    store = project(tmp_path, monkeypatch, ["{method: reap}"])
+    path = next(tmp_path.rglob("mine.yaml"))
+    path.write_text(f"# about mine\n{path.read_text()}")  # Hydra looks for `@package` in the first line
+    with pytest.raises(UserError, match=r"conf/experiment/mine\.yaml: its first line is not `# @package _global_`"):
+        graph.expand("mine", [], store)

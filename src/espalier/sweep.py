@@ -131,6 +131,9 @@ class Composer:
                 raise UserError(_yaml_error(error)) from None
             except (HydraException, OmegaConfBaseException) as error:
                 raise UserError(_compose_error(error, [*self.overrides[1:], *groups])) from None
+            if "experiment" in self._composed[groups]:  # Hydra put the file there, where nobody looks
+                where = f"conf/experiment/{self.experiment}.yaml"
+                raise UserError(f"{where}: its first line is not `# @package _global_`, so that it would say nothing.")
         return self._composed[groups]
 
 
