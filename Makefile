@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: env demo results test lint format docs clean
+.PHONY: env demo results test newcomer lint format docs clean
 
 env: $(STAMP)
 
@@ -36,6 +36,10 @@ results: env
 test: env
 	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup
 
+# A fresh clone of what is committed, with an environment of its own, runs what README and docs tell a reader to run.
+newcomer:
+	$(PYTHON) tests/newcomer.py
+
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,7 +51,7 @@ format: env
 	$(BIN)/ruff format .
 
 docs: env
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf results .pytest_cache .mypy_cache .ruff_cache .snakemake
