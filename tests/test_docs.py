@@ -103,7 +103,10 @@ def test_keys_and_files_exist():
         for group, key in re.findall(r"`(runtime|evaluation|calibration|tuning|speed|tracking)\.(\w+)[=`]", text):
             assert key in keys[group] | {"json"}, f"{page}: conf/{group} has no key {key}"
         for path in re.findall(r"`((?:src|conf|tests|docs|benchmarks|workflow)/[\w./-]+\w)`", text):
-            assert path in CREATED or (ROOT / path).exists() or PLACEHOLDER.search(path), f"{page}: no {path}"
+            made = any(f"{other}/".startswith(f"{path}/") for other in CREATED)
+            assert made or (ROOT / path).exists() or PLACEHOLDER.search(path), f"{page}: no {path}"
+        for name in re.findall(r"`(\w+\.py)`", text):
+            assert [*(ROOT / "src").rglob(name), *(ROOT / "tests").glob(name)], f"{page}: no {name}"
         for path in re.findall(r"`python3? ([\w/]+\.py)", text):
             assert (ROOT / path).exists(), f"{page}: no {path}"
         targets = (ROOT / "Makefile").read_text()
