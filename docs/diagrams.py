@@ -69,8 +69,8 @@ def pipeline() -> str:
         kind = " ".join(["box", *["maybe"][: name in OPTIONAL], *["model"][: name in MODELS]])
         parts.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{WIDE}" height="{HIGH}" rx="6"/>')
         parts.append(_text(x + WIDE / 2, y + 21, name, "title") + _text(x + WIDE / 2, y + 39, STAGES[name][2], "small"))
-    note = "Green: a directory that holds a model. Dashed: only where asked for."
-    parts.append(_text(610, 286, note, "small"))
+    parts.append(_text(694, 268, "Green: a directory that holds a model.", "small"))
+    parts.append(_text(694, 286, "Dashed: only where asked for.", "small"))
     return _svg(868, 318, "The stages of the pipeline, from a model to a report", parts)
 
 
