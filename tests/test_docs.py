@@ -264,3 +264,10 @@ def test_citation_names_every_paper_of_a_method():
         for paper in re.findall(r"arXiv (\d{4}\.\d{5})", (ROOT / f"src/espalier/methods/{name}.py").read_text()[:400])
     }
     assert shown | docstrings <= cited, (shown | docstrings) - cited
+
+
+def test_every_file_format_is_described():
+    sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    written = set(re.findall(r"espalier\.[a-z_]+/\d", sources))
+    described = set(re.findall(r"espalier\.[a-z_]+/\d", (ROOT / "docs/file_formats.md").read_text()))
+    assert written == described
