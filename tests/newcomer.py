@@ -1,6 +1,6 @@
 """Walk the project as a newcomer would: a fresh clone, an environment of its own, every command of README and docs.
 
-    python3 tests/newcomer.py            # README, then docs/*.md; about an hour on two cores, ends at the first failure
+    python3 tests/newcomer.py            # README, then the pages in their order; about an hour on two cores, ends at the first failure
     python3 tests/newcomer.py docs/faq.md README.md
 
 Needs Python and git alone. What is not committed is not in a clone.
@@ -54,4 +54,4 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or list(dict.fromkeys([*FIRST, *doc_blocks.PAGES]))))
+    sys.exit(main(sys.argv[1:] or doc_blocks.PAGES))
