@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = [path for path in (ROOT / "docs").glob("*.md")]
 NAMED = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)  # in the order in which they are read
-PAGES = ["README.md", *(f"docs/{name}" for name in dict.fromkeys([*NAMED, *sorted(p.name for p in DOCS)]))]
+PAGES = [
+    "README.md",
+    *(f"docs/{name}" for name in dict.fromkeys([*NAMED, *sorted(p.name for p in (ROOT / "docs").glob("*.md"))])),
+]
 LANGUAGES = ("sh", "python", "yaml", "json", "text")
 FENCE = re.compile(r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>[\w-]*)\n(?P<text>.*?)^```$", re.M | re.S)
 MARK = re.compile(r"slow|(dry|not run): \S.*")

@@ -1,9 +1,9 @@
 """Walk the project as a newcomer would: a fresh clone, an environment of its own, every command of README and docs.
 
-    python3 tests/newcomer.py            # README, then the pages in their order; about an hour on two cores, ends at the first failure
-    python3 tests/newcomer.py docs/faq.md README.md
+    python3 tests/newcomer.py            # README, then the pages in their order: about an hour on two cores
+    python3 tests/newcomer.py docs/add_a_method.md docs/add_a_family.md
 
-Needs Python and git alone. What is not committed is not in a clone.
+Ends at the first command that fails. Needs Python, make and git alone. What is not committed is not in a clone.
 """
 
 import os
