@@ -40,6 +40,7 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
     base = composer.compose({})
     builder = _Builder(store)
     rows: list[Config] = []
+    made: list[Point] = []  # the point of each row
     swept = list(points(composer.sweep()))
     _refuse_shadowed(experiment, overrides, swept)
     for point in swept:
@@ -47,6 +48,7 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
         row = builder.row(config, point)
         if row not in rows:
             rows.append(row)
+            made.append(point)
     scores = [id for row in rows for id in row["scores"].values()]
     scores += [row[kind] for kind in ("speed", "kernels") for row in rows if kind in row]
     plans = [row["plan"] for row in rows if row["plan"]]
@@ -55,7 +57,9 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
     table_config = {"experiment": experiment, "rows": rows, "baseline": baseline, "compare": compare}
     table = builder.add(Node("table", table_config, tuple(dict.fromkeys([*scores, *plans])), experiment))
     usage = tuple(dict.fromkeys(builder.usage))
-    builder.add(Node("report", {"experiment": experiment}, (table, *dict.fromkeys(plans), *usage), experiment))
+    how = {"overrides": list(overrides), "points": made}  # for the report's commands; no part of its identity
+    report_config = {"experiment": experiment, "_run": how}
+    builder.add(Node("report", report_config, (table, *dict.fromkeys(plans), *usage), experiment))
     run = {"runtime": base["runtime"], "tracking": base["tracking"]}
     return Experiment(experiment, tuple(builder.nodes.values()), run)
 

@@ -282,16 +282,9 @@ def _table(node: Document, store: Store, artefact: Path, record: Document) -> No
 
 def _report(node: Document, store: Store, artefact: Path, record: Document) -> None:
     from espalier.report import make_report
-    from espalier.stats import Stats
+    from espalier.report.material import gather
 
-    parents = [store.read_node(id) for id in node["parents"]]
-    table = store.path(next(parent for parent in parents if parent["stage"] == "table"))
-    plans = {parent["id"]: store.path(parent) for parent in parents if parent["stage"] == "plan"}
-    usage = [Stats.load(store.path(p), probes=("usage",)) for p in parents if p["stage"] == "probe"]
-    rows = store.parent(node, "table")["config"]["rows"]
-    paths = {row["label"]: store.path(store.read_node(row["kernels"])) for row in rows if "kernels" in row}
-    kernels = {label: read_json(path, "espalier.kernel_speed/2") for label, path in paths.items()}
-    make_report(table, plans, usage, artefact, kernels)
+    make_report(gather(node, store), artefact)
     link_names(node, store)
 
 

@@ -5,6 +5,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError, nearest
 from espalier.fit_settings import Fitting
@@ -26,7 +29,8 @@ class Method(Protocol):
     A method that needs something learnt has a property `fit`, a `Fitting`, and finds it among the statistics under the
     fitting's name. A method that also looks at weights is a `WeightMethod`. A method may have `check(shape, tokens)`,
     which raises the UserErrors that can be known before anything is collected, from the model's shape and the number
-    of tokens (0: not known).
+    of tokens (0: not known). One that groups experts may have `apart(layer, stats, shape)`, the distances [E, E] that
+    it does so by, for the report to show.
     """
 
     @property
@@ -179,6 +183,17 @@ def evidence_of(method: AnyMethod) -> tuple[str, ...]:
     """Return the names under which a method finds arrays in its statistics: its probes, then what is learnt."""
     fit = fit_of(method)
     return (*method.probes, *(() if fit is None else (fit.name,)))
+
+
+def distances_of(method: AnyMethod, stats: Stats, shape: ModelShape) -> dict[int, NDArray[np.float64]]:
+    """Return by layer the distances [E, E] by which a method grouped the experts of a model, from its statistics.
+
+    Empty for a method that groups none, and for one that reads them from the weights.
+    """
+    apart = getattr(method, "apart", None)
+    if apart is None or getattr(method, "similarity", None) == "weight":
+        return {}
+    return {layer: apart(layer, stats, shape) for layer in shape.layers}
 
 
 def build(config: dict[str, Any]) -> AnyMethod:

@@ -88,6 +88,10 @@ class HcSmoe:
         survivors(self.ratio, shape, WHERE)
         check_rule(self.merge, shape, WHERE)
 
+    def apart(self, layer: int, stats: Stats, shape: ModelShape, experts: "ExpertWeights | None" = None) -> Floats:
+        """Return the distances [E, E] between a layer's experts; `experts` is read for `similarity=weight` only."""
+        return distances(self.similarity, self.distance, layer, stats, shape, experts)
+
     def plan(self, stats: Stats, shape: ModelShape, experts: "ExpertWeights | None" = None) -> Plan:
         """Evidence per layer: the whole linkage matrix, the heights on both sides of the cut, groups' counts, and
         the within-cluster loss of the cut (`cluster_budget.loss_curve`).
@@ -97,7 +101,7 @@ class HcSmoe:
         evidence_of = Evidence(stats, shape, experts)
         square, merges, counts = {}, {}, {}
         for layer in shape.layers:
-            found = distances(self.similarity, self.distance, layer, stats, shape, experts)
+            found = self.apart(layer, stats, shape, experts)
             square[layer] = squares(found, self.distance)
             merges[layer] = linkage_matrix(found, self.linkage)
             counts[layer] = used(stats, layer, self.freq_topk)

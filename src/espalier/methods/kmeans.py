@@ -16,7 +16,7 @@ from espalier.methods.grouping import group_counts, used
 from espalier.methods.lloyd import kmeans
 from espalier.methods.merge_rules import RULES, check_rule, merge_by_rule, reads_weights, rule_probes
 from espalier.methods.options import one_of, whole_number
-from espalier.methods.similarity import DISTANCES, SIMILARITIES, distances, squares, vectors
+from espalier.methods.similarity import DISTANCES, SIMILARITIES, Floats, distances, squares, vectors
 from espalier.operations import ROUTERS
 from espalier.plan import Plan
 from espalier.plan_tensors import PlanTensor
@@ -70,6 +70,10 @@ class Kmeans:
         survivors(self.ratio, shape, WHERE)
         check_rule(self.merge, shape, WHERE)
 
+    def apart(self, layer: int, stats: Stats, shape: ModelShape, experts: "ExpertWeights | None" = None) -> Floats:
+        """Return the distances [E, E] between a layer's experts; `experts` is read for `similarity=weight` only."""
+        return distances(self.similarity, self.distance, layer, stats, shape, experts)
+
     def plan(self, stats: Stats, shape: ModelShape, experts: "ExpertWeights | None" = None) -> Plan:
         """Evidence per layer: the groups' counts, and the sum of squares that k-means makes small."""
         self.check(shape, stats.tokens)
@@ -81,7 +85,7 @@ class Kmeans:
             points = vectors(self.similarity, self.distance, layer, stats, shape, experts)
             most_used = np.argsort(-counts, kind="stable")[:clusters]
             groups = kmeans(points, clusters, most_used if self.init == "fixed" else [self.seed, layer])
-            found = distances(self.similarity, self.distance, layer, stats, shape, experts)
+            found = self.apart(layer, stats, shape, experts)
             merge, own = merge_by_rule(
                 self.merge,
                 layer,

@@ -62,6 +62,11 @@ class MSmoe:
     def reads_weights(self) -> bool:
         return self.permute == "weights"
 
+    @staticmethod
+    def apart(layer: int, stats: Stats, shape: ModelShape) -> NDArray[np.float64]:
+        """Return 1 - cosine of the experts' logits over all tokens, [E, E]."""
+        return distances("router_logits", "cosine", layer, stats, shape)
+
     def plan(self, stats: Stats, shape: ModelShape, experts: "ExpertWeights | None" = None) -> Plan:
         """Evidence per layer: the dominant expert of each group, and the groups' counts."""
         total = survivors(self.ratio, shape, WHERE) * len(shape.layers)
@@ -71,8 +76,7 @@ class MSmoe:
         tensors: dict[str, PlanTensor] = {}
         for layer, size in sizes.items():
             dominant = np.sort(np.argsort(-counts[layer], kind="stable")[:size])
-            apart = distances("router_logits", "cosine", layer, stats, shape)
-            groups = joined(apart, dominant)
+            groups = joined(self.apart(layer, stats, shape), dominant)
             merge = merge_groups(groups, counts[layer], self.router)
             leaders = [next(e for e in dominant.tolist() if e in group) for group in merge.groups]
             if self.permute == "weights" and size < shape.experts:

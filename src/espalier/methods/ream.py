@@ -87,7 +87,7 @@ class Ream:
         tensors: dict[str, PlanTensor] = {}
         for layer, norms in stats.layers("output_norm"):
             saliency = filled(mean(norms["gate_norm_sum"], norms["counts"]))
-            groups = pseudo_groups(saliency, self._apart(layer, stats, shape), kept, self.group_size, shape.groups)
+            groups = pseudo_groups(saliency, self.apart(layer, stats, shape), kept, self.group_size, shape.groups)
             merge = merge_groups(groups, saliency, self.router)
             centroids = [next(g[0] for g in groups if g[0] in group) for group in merge.groups]
             if self.router == "slice":
@@ -111,7 +111,7 @@ class Ream:
         return Plan({"name": "ream"} | asdict(self), layers, evidence, tensors=tensors)
 
     @staticmethod
-    def _apart(layer: int, stats: Stats, shape: ModelShape) -> Floats:
+    def apart(layer: int, stats: Stats, shape: ModelShape) -> Floats:
         """Return 1 - sim [E, E]."""
         added = stats.layer("routed_moments", layer)["gate_sum_outputs"].astype(np.float64)
         logits = np.sqrt(2 * distances("router_logits", "cosine", layer, stats, shape))

@@ -21,7 +21,7 @@ from espalier.methods.budget import least, survivors
 from espalier.methods.grouping import group_counts, merge_groups, used
 from espalier.methods.lloyd import kmeans, split
 from espalier.methods.options import one_of, whole_number
-from espalier.methods.similarity import Floats, vectors
+from espalier.methods.similarity import Floats, distances, vectors
 from espalier.operations import ROUTERS
 from espalier.plan import Plan
 from espalier.shape import ModelShape
@@ -52,6 +52,11 @@ class SubMoe:
         whole_number("sub_moe", "seed", self.seed, 0)
         one_of("sub_moe", "freq_topk", self.freq_topk, ("model", 2))
         one_of("sub_moe", "router", self.router, ROUTERS)
+
+    @staticmethod
+    def apart(layer: int, stats: Stats, shape: ModelShape) -> Floats:
+        """Return 1 - cosine of the experts' mean outputs, [E, E]: half the squared distances that k-means sees."""
+        return distances("expert_output", "cosine", layer, stats, shape)
 
     def plan(self, stats: Stats, shape: ModelShape) -> Plan:
         """Evidence per layer: the groups' counts."""

@@ -1,0 +1,138 @@
+"""Quality against parameters, unique and active, with the Pareto front."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from espalier.figures import style
+
+Document = Mapping[str, Any]
+Families = Mapping[str, Sequence[Document]]
+
+# What is drawn, if it was measured: its title and whether less of it is better.
+MEASURES = {
+    "perplexity": ("Perplexity, geometric mean (lower is better)", True),
+    "kl": ("Divergence from the uncompressed model, nats a token (lower is better)", True),
+    "accuracy": ("Accuracy, mean, % (higher is better)", False),
+}
+COUNTS = ("unique", "active")
+SPREAD = 0.08  # of the width of a panel, over which methods that leave equally many are put side by side
+
+
+@style.styled
+def quality(summary: Sequence[Document], baseline: str | None) -> Figure | None:
+    """Draw each measure against unique and against active parameters, a line a method; None when none was measured.
+
+    The grey staircase is the Pareto front: of the lines on it no other is both smaller and better.
+    """
+    measures = [key for key in MEASURES if any(key in line for line in summary)]
+    if not measures:
+        return None
+    full = next((line for line in summary if line["label"] == baseline), None)
+    families: dict[str, list[Document]] = {}
+    for line in summary:
+        if line is not full:
+            families.setdefault(family_of(str(line["label"])), []).append(line)
+    figure = style.new_figure(style.WIDTH, 3.3 * len(measures))
+    grid = figure.subplots(len(measures), len(COUNTS), squeeze=False, sharey="row")
+    for row, key in zip(grid, measures, strict=True):
+        for axes, count in zip(row, COUNTS, strict=True):
+            _panel(axes, key, count, families, full)
+        row[0].set_title(MEASURES[key][0], loc="left")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    style.legend(figure, handles, labels)
+    return figure
+
+
+def family_of(label: str) -> str:
+    """Return the name that lines share which differ in a ratio or another number of one method."""
+    return re.sub(r" \d+(\.\d+)? %| [\w.@]+=-?\d[\d.e+-]*(?= |$)", "", label)
+
+
+def pareto(points: Sequence[tuple[float, float]], lower: bool) -> list[int]:
+    """Return which (parameters, value) are on the front, by falling parameters; of equal points the first.
+
+    A point is on it when none has fewer parameters and a value at least as good, or as many and a better one. `lower`:
+    whether lower values are better.
+    """
+    sign = 1 if lower else -1
+    order = sorted(range(len(points)), key=lambda n: (points[n][0], sign * points[n][1], n))
+    front, best = [], math.inf
+    for n in order:
+        if sign * points[n][1] < best:
+            best = sign * points[n][1]
+            front.append(n)
+    return front[::-1]
+
+
+def _panel(axes: Any, key: str, count: str, families: Families, full: Document | None) -> None:
+    lower = MEASURES[key][1]
+    drawn = [line for lines in families.values() for line in lines if key in line]
+    drawn += [full] if full and key in full and key != "kl" else []
+    counts = [line[count] / 1e6 for line in drawn]
+    step = SPREAD * (max(counts) - min(counts) or 0.1 * max(counts)) / max(1, len(families))
+    places: list[tuple[float, float]] = []  # on the page
+    points: list[tuple[float, float]] = []  # what they stand for
+    bounds: list[float] = []
+    for n, (name, lines) in enumerate(families.items()):
+        shift = (n - (len(families) - 1) / 2) * step  # methods remove equally much: side by side, not on each other
+        own = sorted((line for line in lines if key in line), key=lambda line: float(line[count]))
+        if not own:
+            continue
+        triples = [_paired(line, full, key) for line in own]
+        x, y = [line[count] / 1e6 + shift for line in own], [value for value, _, _ in triples]
+        errors = np.abs(np.array([[value - low, high - value] for value, low, high in triples])).T
+        colour, marker = style.shade(n)
+        axes.errorbar(x, y, errors, color=colour, marker=marker, ms=5, lw=0.8, capsize=2, elinewidth=0.8, label=name)
+        places += zip(x, y, strict=True)
+        points += [(float(line[count]), value) for line, value in zip(own, y, strict=True)]
+        bounds += [bound for triple in triples for bound in triple]
+    if full and key in full and key != "kl":  # of itself it diverges by rounding only
+        value = _scaled(full[key]["value"], key)
+        axes.axhline(value, color=style.MUTED, lw=1, ls="--")
+        axes.plot(
+            [full[count] / 1e6], [value], marker="*", ms=11, color=style.INK, ls="none", label="uncompressed", zorder=3
+        )
+        places.append((full[count] / 1e6, value))
+        points.append((float(full[count]), value))
+        bounds.append(value)
+    front = [places[n] for n in pareto(points, lower)]
+    axes.step(
+        *zip(*front, strict=True), where="pre", color=style.MUTED, lw=5, alpha=0.3, zorder=0, label="Pareto front"
+    )
+    if lower and min(bounds) > 0 and max(bounds) > 3 * min(bounds):
+        style.logarithmic(axes.yaxis)
+        ticks = log_ticks(min(bounds), max(bounds))
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks], minor=False)
+        axes.minorticks_off()
+    axes.set_xlabel(f"{count} parameters, millions")
+    axes.grid(axis="y")
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return marks of a logarithmic axis: 1, 2, 3, 5 and 7 times powers of ten, of a wide range the powers alone."""
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    ticks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 3, 5, 7)]
+    within = [tick for tick in ticks if 0.9 * low <= tick <= 1.1 * high]
+    return within if high < 1000 * low else [10.0**decade for decade in decades if low <= 10.0**decade <= high]
+
+
+def _scaled(value: float, key: str) -> float:
+    return 100 * value if key == "accuracy" else value
+
+
+def _paired(line: Document, full: Document | None, key: str) -> tuple[float, float, float]:
+    """Value and interval: of the paired comparison with the full model where there is one."""
+    found = line[key]
+    value = found["value"]
+    low, high = found["low"], found["high"]
+    if full and key in full and found.get("ratio_low") is not None:
+        low, high = (full[key]["value"] * found[f"ratio_{end}"] for end in ("low", "high"))
+    elif full and key in full and found.get("delta_low") is not None:
+        low, high = (full[key]["value"] + found[f"delta_{end}"] for end in ("low", "high"))
+    low, high = (value if end is None else end for end in (low, high))
+    return _scaled(value, key), _scaled(low, key), _scaled(high, key)

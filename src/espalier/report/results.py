@@ -1,0 +1,53 @@
+"""The sections of a report that say what was measured: the table's tables, and how to read them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from espalier import markup
+from espalier.report.page import Section, bullets, table
+
+Document = Mapping[str, Any]
+
+HINT = (
+    "Two methods differ when the intervals of their comparison with the uncompressed model are well apart; the "
+    "intervals of the values themselves are wider, since they also hold how hard the items are."
+)
+
+
+def measured(document: Document, anchors: Mapping[str, str]) -> Section:
+    """Return the tables of a table document; `anchors` are the places on the page that say how a label was made."""
+    links = [anchors.get(line["label"], "made") for line in document["summary"]]
+    parts = [
+        table(*markup.main_rows(document), "Means over the tasks, with 95 % intervals.", links=links, sortable=True),
+        table(
+            *markup.task_rows(document),
+            "Each task: perplexity (ppl) of a text, divergence (KL) in nats a token, or accuracy in percent.",
+            links=links,
+            sortable=True,
+        ),
+    ]
+    header, rows = markup.published_rows(document)
+    if rows:
+        note = f"Beside published numbers ({document['compare']}). Models, data and harness may differ."
+        parts.append(table(header, rows, note, sortable=True))
+    return Section("results", "Results", "\n".join(parts))
+
+
+def reading(document: Document) -> Section:
+    """Return what the columns mean."""
+    return Section(
+        "read", "How to read it", bullets([*(line.replace("`", "") for line in markup.legend(document)), HINT])
+    )
+
+
+def spoken(document: Document) -> str:
+    """Say the numbers in words, for those who do not see the figure."""
+    parts = []
+    for line in document["summary"]:
+        said = [f"{line[count] / 1e6:.2f} million {count} parameters" for count in ("unique", "active")]
+        if "perplexity" in line:
+            said.append(f"perplexity {markup.number(line['perplexity']['value'])}")
+        if "accuracy" in line:
+            said.append(f"accuracy {markup.percent(line['accuracy']['value'])} %")
+        parts.append(f"{line['label']}: {', '.join(said)}")
+    return "; ".join(parts) + "."
