@@ -1,93 +1,29 @@
-"""Reports: self-contained, complete, readable without the pictures."""
+"""Reports: self-contained, complete, readable without the pictures, in any colours."""
 
-import math
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
-from scipy.cluster.hierarchy import fcluster, linkage
 
-from espalier import plots
-from espalier.operations import Keep, Merge, Skip
-from espalier.plan import Plan
-from espalier.report import make_report
-from espalier.shape import ModelShape
-from espalier.stats import Stats
-from espalier.store import write_json
+from espalier.figures import style
+from espalier.report.material import Material
+from report_material import line, material, table, write
 
-EXPERTS, LAYERS = 6, (0, 2)
-SHAPE = ModelShape("olmoe", LAYERS, EXPERTS, 2, 8, 4, True, 96, 8, 2000)
+FIGURES = [
+    "decisions.svg", "losses.svg", "quality.svg", "similarity-2.svg", "skipping.svg", "speed.svg", "training-0.svg",
+    "training-layers.svg", "usage.svg",
+]  # fmt: skip
 
 
-def keep_plan() -> Plan:
-    return Plan({"name": "reap", "ratio": 1 / 3}, {0: (Keep((0, 1, 3, 4)),), 2: (Keep((1, 2, 3, 5)), Skip(0.5))})
-
-
-def merge_plan(clusters: int = 4) -> Plan:
-    layers, evidence = {}, {}
-    for layer in LAYERS:
-        points = np.random.default_rng(layer).normal(size=(EXPERTS, 3))
-        merges = linkage(points, "average")
-        labels = fcluster(merges, clusters, "maxclust")
-        groups = sorted(tuple(int(e) for e in np.flatnonzero(labels == label)) for label in np.unique(labels))
-        weights = tuple(tuple(1 / len(group) for _ in group) for group in groups)
-        layers[layer] = (Merge(tuple(groups), weights),)
-        evidence[layer] = {"linkage": merges.tolist()}
-    return Plan({"name": "hc_smoe"}, layers, evidence)
-
-
-def line(label: str, method: str, unique: float, worse: float, plans: list[str]) -> dict[str, Any]:
-    paired = (
-        {"delta": None} if not worse else {"delta": -worse, "delta_low": -worse - 0.01, "delta_high": -worse + 0.01}
-    )
-    ratio: dict[str, Any] = {"ratio": None}
-    if worse:
-        ratio = {"ratio": 1 + worse, "ratio_low": 1 + 0.9 * worse, "ratio_high": 1 + 1.1 * worse}
-    value = 20 * (1 + worse)
-    bounds = {"value": value, "low": value - 1, "high": value + 1}
-    task = {"kind": "perplexity", "metric": "perplexity", "items": 9} | bounds
-    return {
-        "label": label, "method": method, "ratio": None, "then": None, "seeds": [None], "plans": plans,
-        "calibration": "embedded (samples 16)" if plans else None, "commit": "c0ffee", "dirty": method == "hc_smoe",
-        "stored": unique, "unique": unique, "active": unique / 3, "tasks": {"perplexity_wiki": task},
-        "perplexity": bounds | ratio,
-        "accuracy": {"value": 0.7 - worse, "low": 0.6 - worse, "high": 0.8 - worse} | paired,
-    }  # fmt: skip
-
-
-def write_table(path: Path, lines: list[dict[str, Any]], baseline: str | None = "full") -> Path:
-    document = {
-        "format": "espalier.table/1", "experiment": "demo",
-        "model": {"id": "embedded:moe <&>", "revision": "sha256:12"},
-        "baseline": baseline, "compare": None, "task_order": ["perplexity_wiki"],
-        "tasks": {"perplexity_wiki": {"kind": "perplexity", "metric": "perplexity", "items": 9}},
-        "summary": lines, "tidy": [],
-        "runs": [{"commit": "c0ffee", "dirty": True, "versions": {"torch": "2.13.0"}, "device": "CPU", "runtime": {}}],
-    }  # fmt: skip
-    write_json(path, document)
-    return path
-
-
-@pytest.fixture
-def report(tmp_path: Path) -> Path:
-    lines = [
-        line("full", "none", 5e6, 0, []),
-        line("reap 33 %", "reap", 4e6, 0.1, ["plan-a"]),
-        line("hc_smoe 33 %", "hc_smoe", 4e6, 0.2, ["plan-b"]),
-    ]
-    plans = {"plan-a": tmp_path / "a.json", "plan-b": tmp_path / "b.json"}
-    keep_plan().save(plans["plan-a"])
-    merge_plan().save(plans["plan-b"])
-    counts = np.random.default_rng(0).integers(1, 50, (len(LAYERS), EXPERTS))
-    stats = Stats(SHAPE, (64,), {("usage", layer): {"counts": c} for layer, c in zip(LAYERS, counts, strict=True)})
-    return make_report(write_table(tmp_path / "table.json", lines), plans, [stats], tmp_path / "reports" / "abc.html")
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("reports") / "abc.html", material())
 
 
 class Reader(HTMLParser):
@@ -124,29 +60,28 @@ def read(path: Path) -> Reader:
 
 
 def test_report_needs_nothing_from_outside(report: Path) -> None:
-    for tag, attributes in read(report).tags:
-        assert tag not in ("script", "link", "iframe", "base")
-        for key in ("src", "href", "xlink:href"):
+    reader = read(report)
+    for tag, attributes in reader.tags:
+        assert tag not in ("link", "iframe", "base", "object", "embed", "img")
+        assert not any(key.startswith("on") for key in attributes)
+        for key in ("src", "href", "xlink:href", "action"):
             value = attributes.get(key) or ""
             assert value == "" or value.startswith(("#", "data:image/png;base64,"))
+    assert [attributes for tag, attributes in reader.tags if tag == "script"] == [{}]
     outside = set(re.findall(r"url\((?!#)[^)]*\)|@import[^;]*", report.read_text()))
     assert outside == set()
+    policies = [tag["content"] for _, tag in reader.tags if tag.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1
+    assert str(policies[0]).startswith("default-src 'none'; img-src data:;")
 
 
 def test_report_says_what_was_measured_and_how(report: Path) -> None:
-    reader = read(report)
-    text = " ".join(reader.text)
+    text = " ".join(read(report).text)
     for said in (
-        "hc_smoe 33 % †",
-        "reap 33 %",
-        "22.00",
-        "espalier run demo",
-        "c0ffee with uncommitted changes",
-        "torch 2.13.0",
-        "embedded (samples 16)",
-        "embedded:moe <&>",
-        "Cluster trees: hc_smoe 33 %",
-    ):
+        "hc_smoe 33 % †", "reap 33 %", "22.00", "espalier run demo", "c0ffee with uncommitted changes", "torch 2.13.0",
+        "embedded (samples 16)", "embedded:moe <&>", "Alike experts: hc_smoe 33 %", "espalier score 0123456789ab",
+        "espalier run demo 'sweep=[{method:reap}]'",
+    ):  # fmt: skip
         assert said in text
     assert "reproduc" not in text.lower()
 
@@ -155,106 +90,99 @@ def test_every_figure_has_a_text_and_a_caption(report: Path) -> None:
     reader = read(report)
     pictures = [attributes for tag, attributes in reader.tags if tag == "svg"]
     captions = [tag for tag, _ in reader.tags if tag == "figcaption"]
-    assert len(pictures) == len(captions) == 4
+    tables = [attributes for tag, attributes in reader.tags if tag == "table"]
+    assert len(pictures) == len(FIGURES)
+    assert len(captions) == len(pictures) + len(tables)
     assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in pictures)
-    assert "reap 33 %: 4.00 million unique parameters, perplexity 22.00" in str(pictures[0]["aria-label"])
+    assert all(attributes["aria-label"] for attributes in tables)
+    said = "reap 33 %: 4.00 million unique parameters, 1.33 million active parameters, perplexity 22.00"
+    assert said in str(pictures[0]["aria-label"])
     ids = [attributes["id"] for tag, attributes in reader.tags if tag == "section"]
     links = [attributes["href"] for tag, attributes in reader.tags if tag == "a"]
-    assert links == [f"#{id}" for id in ids]
+    assert links[: len(ids)] == [f"#{id}" for id in ids]
+    every = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
+    assert len(every) == len(set(every))  # figures and sections do not share any
+    assert {str(link)[1:] for link in links} <= set(every)  # names of rows lead to how they were made
 
 
 def test_figures_are_saved_beside_for_papers(report: Path) -> None:
-    saved = sorted(path.name for path in report.with_suffix("").iterdir())
-    assert saved == ["decisions.svg", "quality.svg", "trees-1.svg", "usage.svg"]
-    for name in saved:
+    assert sorted(path.name for path in report.with_suffix("").iterdir()) == FIGURES
+    for name in FIGURES:
         assert ElementTree.parse(report.with_suffix("") / name).getroot().tag.endswith("svg")
 
 
+def test_figures_follow_the_colours_of_the_page(report: Path) -> None:
+    on_page = "".join(re.findall(r"<svg .*?</svg>", report.read_text(), re.S)).lower()
+    saved = "".join((report.with_suffix("") / name).read_text() for name in FIGURES).lower()
+    for colour in (style.INK, style.MUTED, style.PALE, *style.COLOURS[:2]):
+        assert colour in saved
+        assert f": {colour}" not in on_page
+    assert "var(--ink)" in on_page
+    assert "fill: #ffffff" not in on_page  # no white ground
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of a colour #rrggbb (WCAG 2)."""
+    parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_text_and_lines_stand_out_on_light_and_dark_pages() -> None:
+    css = (files("espalier") / "assets/report.css").read_text()
+    palettes = [dict(re.findall(r"--([\w]+): (#[0-9a-f]{6})", block)) for block in css.split("@media")[:2]]
+    assert luminance(palettes[0]["paper"]) > 0.9 > 0.05 > luminance(palettes[1]["paper"])
+    for palette in palettes:
+        for ground in ("paper", "raised"):
+            for text in ("ink", "muted", "link"):
+                assert contrast(palette[text], palette[ground]) >= 4.5
+        for number in range(len(style.COLOURS)):
+            assert contrast(palette[f"c{number}"], palette["paper"]) >= 2
+    assert [palettes[0][f"c{n}"] for n in range(len(style.COLOURS))] == list(style.COLOURS)
+
+
 def test_report_of_a_dense_model_has_no_expert_sections(tmp_path: Path) -> None:
-    table = write_table(tmp_path / "t.json", [line("full", "none", 1e8, 0, [])])
-    reader = read(make_report(table, {}, [], tmp_path / "r.html"))
+    reader = read(write(tmp_path / "r.html", Material(table([line("full", "none", 1e8, 0)]))))
     ids = [attributes["id"] for tag, attributes in reader.tags if tag == "section"]
     assert ids == ["results", "read", "quality", "made"]
 
 
 def test_report_without_a_baseline_is_made(tmp_path: Path) -> None:
-    lines = [line("reap 33 %", "reap", 4e6, 0, []), line("naee 33 %", "naee", 4e6, 0, [])]
-    table = write_table(tmp_path / "t.json", lines, baseline=None)
-    assert make_report(table, {}, [], tmp_path / "r.html").exists()
+    lines = [line("reap 33 %", "reap", 4e6, 0), line("naee 33 %", "naee", 4e6, 0)]
+    assert write(tmp_path / "r.html", Material(table(lines, None))).exists()
 
 
-def test_equal_inputs_make_equal_reports(report: Path, tmp_path: Path) -> None:
-    plans = {"plan-a": tmp_path / "a.json", "plan-b": tmp_path / "b.json"}
-    one = make_report(tmp_path / "table.json", plans, [], tmp_path / "one.html")
-    two = make_report(tmp_path / "table.json", plans, [], tmp_path / "two.html")
+def test_equal_inputs_make_equal_reports(tmp_path: Path) -> None:
+    one, two = (write(tmp_path / name, material()) for name in ("one.html", "two.html"))
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_decision_matrix_marks_removed_kept_and_merged() -> None:
-    found = plots.decision_matrix(keep_plan(), EXPERTS)
-    assert found is not None
-    assert found[0] == [0, 2]
-    assert found[1].tolist() == [[0, 0, -1, 0, 0, -1], [-1, 0, 0, 0, -1, 0]]
-    groups = ((0, 4), (1,), (2, 3), (5,))
-    merge = Plan({}, {0: (Merge(groups, ((0.5, 0.5), (1.0,), (0.5, 0.5), (1.0,))),)})
-    found = plots.decision_matrix(merge, EXPERTS)
-    assert found is not None
-    assert found[1].tolist() == [[1, 0, 2, 2, 1, 0]]
-    assert plots.decision_matrix(Plan({}, {0: (Skip(0.4),)}), EXPERTS) is None
+def test_a_method_without_distances_shows_the_heights_of_its_tree(tmp_path: Path) -> None:
+    content = material()
+    bare = tuple(replace(one, distances={}) for one in content.lines)
+    text = " ".join(read(write(tmp_path / "r.html", replace(content, lines=bare))).text)
+    assert "the distances are not kept" in text
 
 
-def test_trees_are_cut_between_the_last_merge_done_and_the_first_left_out() -> None:
-    plan = merge_plan()
-    figure = plots.trees(plan)
-    assert figure is not None
-    for axes, layer in zip(figure.axes, LAYERS, strict=True):
-        heights = sorted(row[2] for row in plan.evidence[layer]["linkage"])
-        (cut,) = {y for drawn in axes.lines for y in drawn.get_ydata()}
-        assert heights[1] < cut < heights[2]  # 6 experts in 4 groups: two merges
-    assert plots.trees(keep_plan()) is None
-    # With a budget over all layers one may keep every expert: it has a tree and no merge.
-    whole = replace(plan, layers={LAYERS[0]: plan.layers[LAYERS[0]]})
-    figure = plots.trees(whole)
-    assert figure is not None
-    assert [axes.get_title(loc="left").partition(": ")[2] for axes in figure.axes] == [
-        "6 experts, 4 groups",
-        "6 experts, 6 groups",
-    ]
+NASTY = """ <script>top.hostile=1</script><img src=x onerror="top.hostile=1">'"</style></svg>$\\frac{--><![CDATA["""
 
 
-def test_error_bars_are_those_of_the_paired_comparison() -> None:
-    lines = [line("full", "none", 5e6, 0, []), line("reap 33 %", "reap", 4e6, 0.1, [])]
-    figure = plots.quality(lines, "full")
-    assert figure is not None
-    bars = figure.axes[0].containers[0].get_children()[-1].get_segments()[0]
-    assert bars[:, 1].tolist() == pytest.approx([20 * 1.09, 20 * 1.11])
-    bars = figure.axes[1].containers[0].get_children()[-1].get_segments()[0]
-    assert bars[:, 1].tolist() == pytest.approx([59.0, 61.0])  # 70 - 10 -+ 1
-
-
-def test_marks_on_a_logarithmic_axis_lie_within_it() -> None:
-    for low, high in ((3.0, 400.0), (21.0, 90.0)):
-        ticks = plots._log_ticks(low, high)
-        assert len(ticks) >= 2
-        assert all(0.9 * low <= tick <= 1.1 * high for tick in ticks)
-        assert ticks == sorted(ticks)
-    assert math.isclose(plots._log_ticks(1, 10)[0], 1)
-
-
-def test_dense_methods_are_drawn_over_the_parameters_that_a_token_uses() -> None:
-    lines = [line("dense", "none", 5e6, 0, []), line("dsmoe", "dsmoe", 5e6, 0.1, [])]
-    for each, active in zip(lines, (5e6, 3e6), strict=True):
-        each |= {"active": active, "ffn": active / 5e6}
-    figure = plots.quality(lines, "dense")
-    assert figure is not None
-    assert figure.axes[0].get_xlabel() == "active parameters, millions"
-    assert figure.axes[0].containers[0].lines[0].get_xdata().tolist() == pytest.approx([3.0])
-
-
-def test_wide_ranges_are_marked_by_decades() -> None:
-    assert plots._log_ticks(16.0, 2.3e6) == [1e2, 1e3, 1e4, 1e5, 1e6]
+def test_hostile_names_are_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.html", material(NASTY, f"org/{NASTY}"))
+    reader = read(path)  # tags close in order
+    assert [attributes for tag, attributes in reader.tags if tag == "script"] == [{}]
+    assert not [tag for tag, attributes in reader.tags if tag == "img" or "onerror" in attributes]
+    assert NASTY.strip() in " ".join(reader.text)
+    for saved in path.with_suffix("").iterdir():
+        assert ElementTree.parse(saved).getroot().tag.endswith("svg")
+        assert "hostile" not in saved.read_text()  # letters are drawn
 
 
 def test_reports_import_no_torch() -> None:
-    code = "import sys, espalier.report; assert 'torch' not in sys.modules"
+    code = "import sys, espalier.report.figures, espalier.report.kernels; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -47,6 +47,11 @@ def label(wildcards):
     return STORE.read_node(wildcards.id)["label"]
 
 
+def experiment(wildcards):
+    """What Snakemake's own report calls a table or a report."""
+    return {"experiment": label(wildcards)}
+
+
 def results_folder(wildcards):
     return RESULTS
 

@@ -1,3 +1,7 @@
+# `snakemake --report FILE` collects the outputs that are marked here (docs/report.md).
+report: "../report/workflow.rst"
+
+
 localrules:
     table,
     report,
@@ -7,7 +11,13 @@ rule table:
     input:
         parents,
     output:
-        f"{RESULTS}/tables/{{id}}.json",
+        document=f"{RESULTS}/tables/{{id}}.json",
+        tidy=report(
+            f"{RESULTS}/tables/{{id}}.csv",
+            caption="../report/table.rst",
+            category="Tables",
+            labels=experiment,
+        ),
     log:
         f"{RESULTS}/logs/table/{{id}}.log",
     conda:
@@ -26,7 +36,20 @@ rule report:
     input:
         parents,
     output:
-        f"{RESULTS}/reports/{{id}}.html",
+        page=report(
+            f"{RESULTS}/reports/{{id}}.html",
+            caption="../report/report.rst",
+            category="Reports",
+            labels=experiment,
+        ),
+        figures=report(
+            directory(f"{RESULTS}/reports/{{id}}"),
+            patterns=["{figure}.svg"],
+            caption="../report/figure.rst",
+            category="Figures",
+            subcategory=label,
+            labels={"figure": "{figure}"},
+        ),
     log:
         f"{RESULTS}/logs/report/{{id}}.log",
     conda:

@@ -62,10 +62,11 @@ for (const figure of document.querySelectorAll("figure.sortable")) {
 }
 
 // What a link leads to opens; on paper everything is open.
-const open = () => {
-  const target = location.hash && document.getElementById(location.hash.slice(1));
+const open = (hash) => {
+  const target = hash && document.getElementById(hash.slice(1));
   if (target instanceof HTMLDetailsElement) target.open = true;
 };
-addEventListener("hashchange", open);
-open();
+addEventListener("click", (event) => open(event.target.closest("a")?.hash));
+addEventListener("hashchange", () => open(location.hash));
+open(location.hash);
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => (one.open = true)));

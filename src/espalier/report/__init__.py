@@ -19,6 +19,7 @@ def make_report(material: Material, out: Path) -> Path:
     from espalier.report.kernels import timed
 
     document, folder = material.table, out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
     sections = [
         measured(document, anchors(material)),
         reading(document),
