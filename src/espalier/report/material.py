@@ -61,7 +61,7 @@ class Made:
 @dataclass(frozen=True)
 class Material:
     """All that a report shows. `table` is its document; `stats` hold the probe `usage`; `kernels` are documents
-    `espalier.kernel_speed/1` by the label of their row; `shape` is that of the uncompressed model, None if it is gone;
+    `espalier.kernel_speed/2` by the label of their row; `shape` is that of the uncompressed model, None if it is gone;
     `words` are the texts of the tokens that `Line.skipping` names.
     """
 
@@ -95,7 +95,7 @@ def gather(node: Document, store: Store) -> Material:
         table=load_table(store.path(table_node)),
         lines=lines,
         stats=[Stats.load(store.path(p), probes=("usage",)) for p in parents if p["stage"] == "probe"],
-        kernels={label: read_json(path, "espalier.kernel_speed/1") for label, path in paths.items()},
+        kernels={label: read_json(path, "espalier.kernel_speed/2") for label, path in paths.items()},
         shape=own.shape(origin),
         words=own.words(origin, lines),
         command=run_command(experiment, how, store.root),
