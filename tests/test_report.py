@@ -16,7 +16,7 @@ from espalier.report.material import Material
 from report_material import line, material, table, write
 
 FIGURES = [
-    "decisions.svg", "losses.svg", "quality.svg", "similarity-2.svg", "skipping.svg", "speed.svg", "training-0.svg",
+    "decisions.svg", "losses.svg", "quality.svg", "similarity-0.svg", "skipping.svg", "speed.svg", "training-0.svg",
     "training-layers.svg", "usage.svg",
 ]  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_report_says_what_was_measured_and_how(report: Path) -> None:
     text = " ".join(read(report).text)
     for said in (
         "hc_smoe 33 % †", "reap 33 %", "22.00", "espalier run demo", "c0ffee with uncommitted changes", "torch 2.13.0",
-        "embedded (samples 16)", "embedded:moe <&>", "Alike experts: hc_smoe 33 %", "espalier score 0123456789ab",
+        "embedded (samples 16)", "embedded:moe <&>", "Which experts are alike", "espalier score 0123456789ab",
         "espalier run demo 'sweep=[{method:reap}]'",
     ):  # fmt: skip
         assert said in text

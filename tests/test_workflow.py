@@ -182,7 +182,7 @@ def test_killed_and_edited_runs_end_with_the_same_table(project):
     assert (project / "results/refs/mine/checkpoints/reap-50%/config.json").exists()
     page = (project / "results/refs/mine/report.html").read_text()
     assert "espalier run mine &#x27;sweep=[{method:none},{method:reap,method.ratio:0.5}]&#x27;" in page
-    assert "Alike experts: hc_smoe 50 %" in page
+    assert "Dendrograms and heat maps of the layers for hc_smoe 50 %." in page
 
     # Snakemake's own report collects them, and asks nobody for anything.
     made = snakemake_report(project)

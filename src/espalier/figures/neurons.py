@@ -105,7 +105,7 @@ def expert_neurons(plans: Mapping[str, Sequence[Plan]], width: int) -> Figure | 
         axes.set_title(style.short(label, 28), loc="left")
     for axes in grid.flat[len(found) :]:
         axes.set_visible(False)
-    figure.colorbar(images[0], ax=grid, pad=0.015, aspect=30).set_label("neurons of the source's, %")
+    figure.colorbar(images[0], ax=grid, pad=0.015, aspect=30).set_label("% of neurons")
     return figure
 
 

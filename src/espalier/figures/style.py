@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from espalier.store import atomic_file
 
@@ -85,8 +85,9 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
 def logarithmic(axis: Any) -> None:
     """Make an axis logarithmic, its marks plain numbers: matplotlib writes them as formulas, which are switched off."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:

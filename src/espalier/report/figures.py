@@ -10,23 +10,23 @@ from espalier.figures.quality import quality
 from espalier.plan import Plan
 from espalier.report import page
 from espalier.report.curves import Curve
-from espalier.report.material import Material
+from espalier.report.material import LINES, Line, Material
 from espalier.report.page import Section
 from espalier.report.results import spoken
 from espalier.report.skipping import Word
 from espalier.shape import DenseShape, ModelShape
+from espalier.store import canonical
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAPS = 12  # methods whose distances between experts are drawn
-PANELS = 48  # lines of the table that figures with a panel or a row a line show
+MAPS = 12  # plans whose distances between experts are drawn
 
 
 def drawn(material: Material, folder: Path) -> list[Section]:
     """Return the sections with figures that the material has something for, and save each figure in `folder`."""
     sections: list[Section] = []
-    shown = material.lines[:PANELS]
+    shown = material.lines
     plans = {line.label: line.plans for line in shown if line.plans}
     active = {line.label: line.active for line in shown}
     summary, baseline = material.table["summary"], material.table["baseline"]
@@ -51,7 +51,7 @@ def drawn(material: Material, folder: Path) -> list[Section]:
     add(
         "speed",
         "Speed",
-        lambda: speed.speed(summary),
+        lambda: speed.speed(summary[:LINES]),
         "Time of one sequence over the uncompressed model's (dashed line): geometric means of the rounds with 95 % "
         "intervals, and what would be ideal. How they were timed: see How to read it.",
         "Times of each method, as in the table of means.",
@@ -124,33 +124,41 @@ def _width(material: Material) -> int:
 
 
 def _left_out(id: str, material: Material) -> str:
-    if len(material.lines) <= PANELS or id in ("quality", "speed", "usage"):
+    lines = len(material.table["summary"])
+    if lines <= len(material.lines) or id in ("quality", "usage"):
         return ""
-    return f" Of {len(material.lines)} lines of the table the first {PANELS}."
+    return f" Of {lines} lines of the table the first {len(material.lines)}."
 
 
 def _similarities(material: Material, folder: Path) -> list[Section]:
-    """Return the trees and maps of distances of the methods that group experts."""
-    sections: list[Section] = []
-    for number, line in enumerate(material.lines):
-        figure = similarity.similarity(line.plans[0], line.distances) if line.plans else None
+    """Return the section with the trees and maps of distances of the methods that group experts."""
+    lines: dict[str, list[Line]] = {}  # those that are tuned, or skip on top, share a plan
+    for line in material.lines:
+        if line.plans:
+            lines.setdefault(canonical(line.plans[0].document()), []).append(line)
+    parts: list[str] = []
+    for line, *others in lines.values():
+        figure = similarity.similarity(line.plans[0], line.distances) if len(parts) < MAPS else None
         if figure is None:
             continue
-        if len(sections) == MAPS:
-            break
-        id = f"similarity-{number}"
+        id, name = f"similarity-{len(parts)}", style.several([one.label for one in (line, *others)])
         element = style.svg(figure)
         style.save(element, folder / f"{id}.svg")
-        caption = (
-            "Distances between the experts of a layer, by which they were grouped; dark is far, the diagonal is 0. "
-            "Frames: the groups. The tree above joins experts from the nearest on; what lies below its dashed line "
-            "(blue) is one group."
+        alt = f"Dendrograms and heat maps of the layers for {name}."
+        parts.append(page.part(name, page.figure(element, _on_similarity(line), alt, id)))
+    return [Section("similarity", "Which experts are alike", "\n".join(parts))] if parts else []
+
+
+def _on_similarity(line: Line) -> str:
+    """Return the caption of a line's maps of distances."""
+    caption = "Distances between the experts of a layer; dark is far, the diagonal is 0. Frames: the groups."
+    if any("linkage" in found for found in line.plans[0].evidence.values()):
+        caption += (
+            " The tree above joins experts from the nearest on; what lies below its dashed line (blue) is one group."
         )
-        if not line.distances:
-            caption += " The map shows the heights at which the tree joins two experts; the distances are not kept."
-        body = page.figure(element, caption, f"Dendrograms and heat maps of the layers for {line.label}.", id)
-        sections.append(Section(id, f"Alike experts: {line.label}", body))
-    return sections
+    if not line.distances:
+        caption += " The map shows the heights at which the tree joins two experts; the distances are not kept."
+    return caption
 
 
 def _skipping(
@@ -168,7 +176,7 @@ def _skipping(
         "Mean number of experts that a token of held-out text runs, by layer, of the methods that let tokens skip.",
         "A matrix of methods by layers.",
     )
-    skips = {line.label: line.skipping for line in material.lines[:PANELS] if line.skipping is not None}
+    skips = {line.label: line.skipping for line in material.lines if line.skipping is not None}
     add(
         "skipping-shares",
         "How skipping is spread over tokens",
@@ -185,7 +193,7 @@ def _skipping(
         ]
         header = ["runs fewest", "times", "experts", "runs most", "times", "experts"]
         parts.append(page.table(header, rows, f"{label}: tokens of the calibration, means over the layers."))
-    return [Section("skipped-tokens", "Which tokens skip", "\n".join(parts))]
+    return [Section("skipped-tokens", "Which tokens skip", page.side_by_side(parts))]
 
 
 def _word(material: Material, word: Word) -> list[str]:
@@ -197,7 +205,7 @@ def _word(material: Material, word: Word) -> list[str]:
 def _trainings(material: Material, add: Callable[..., None]) -> None:
     by_kind: dict[str, dict[Any, list[Curve]]] = {}
     layered: dict[str, dict[int, Curve]] = {}
-    for line in material.lines[:PANELS]:
+    for line in material.lines:
         for curve in line.curves:
             if curve.layer is None:  # lines that differ only in what is done afterwards share a training
                 same = (curve.places, tuple(curve.terms.items()))

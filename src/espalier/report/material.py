@@ -28,6 +28,8 @@ Document = Mapping[str, Any]
 Floats = NDArray[np.float64]
 Shape = ModelShape | DenseShape
 
+LINES = 48  # of the table, of which decisions, trainings and skipping are shown
+
 
 @dataclass(frozen=True)
 class Line:
@@ -60,9 +62,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Material:
-    """All that a report shows. `table` is its document; `stats` hold the probe `usage`; `kernels` are documents
-    `espalier.kernel_speed/2` by the label of their row; `shape` is that of the uncompressed model, None if it is gone;
-    `words` are the texts of the tokens that `Line.skipping` names.
+    """All that a report shows. `table` is its document, `lines` are of its first LINES.
+
+    `stats` hold the probe `usage`; `kernels` are documents `espalier.kernel_speed/2` by the label of their row; `shape`
+    is that of the uncompressed model, None if it is gone; `words` are the texts of the tokens that `Line.skipping`
+    names; `command` made the table.
     """
 
     table: Document
@@ -87,7 +91,7 @@ def gather(node: Document, store: Store) -> Material:
     first: dict[str, Document] = {}
     for row in rows:
         first.setdefault(row["label"], row)
-    lines = tuple(own.line(label, row) for label, row in first.items())
+    lines = tuple(own.line(label, row) for label, row in list(first.items())[:LINES])
     paths = {row["label"]: store.path(store.read_node(row["kernels"])) for row in rows if "kernels" in row}
     experiment = node["config"]["experiment"]
     origin = store.origin(store.read_node(rows[0]["weights"]))
@@ -200,10 +204,15 @@ class _Gatherer:
 
     def made(self, table: Document, how: Document) -> tuple[Made, ...]:
         """Return how each row of a table's configuration was made, if `how` says the run's overrides and points."""
-        found = []
+        found: list[Made] = []
+        full: dict[str, int] = {}  # the first row of each model that is left as it was
+        origins = [self.store.origin(self.store.read_node(row["weights"]))["id"] for row in table["rows"]]
+        for number, (row, origin) in enumerate(zip(table["rows"], origins, strict=True)):
+            if row["weights"] == origin:
+                full.setdefault(origin, number)
         for number, row in enumerate(table["rows"]):
             name = row["label"] if row["seed"] is None else f"{row['label']}, seed {row['seed']}"
-            beside = [number] if table["baseline"] is None else [table["baseline"], number]
+            beside = [full.get(origins[number], number), number]
             root = self.store.root
             command = run_command(table["experiment"], how, root, beside) if "points" in how else None
             found.append(Made(row["label"], name, tuple(steps(row, self.store)), command))

@@ -69,6 +69,16 @@ def figure(svg: str, caption: str, alt: str, prefix: str) -> str:
     )
 
 
+def part(title: str, body: str) -> str:
+    """Return a part of a section under a heading of its own; `body` is HTML."""
+    return f"<h3>{html.escape(title)}</h3>\n{body}"
+
+
+def side_by_side(parts: Sequence[str]) -> str:
+    """Return parts, HTML, that stand beside each other where there is room."""
+    return f'<div class="side">{"".join(parts)}</div>'
+
+
 def details(summary: str, body: str, id: str) -> str:
     """Return what opens at a click, and when a link leads there; `body` is HTML."""
     return f'<details id="{id}"><summary>{html.escape(summary)}</summary>{body}</details>'

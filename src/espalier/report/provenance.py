@@ -49,7 +49,7 @@ def every_row(made: Sequence[Made]) -> Section:
     body = [text(note)]
     for number, row in enumerate(made):
         alone = code(row.command) if row.command else text(UNKNOWN)
-        header = ["node", "command", "makes", "commit", "device", "seconds"]
+        header = ["command", "makes", "commit", "device", "seconds"]
         caption = "Jobs, each after those that it reads."
         jobs = table(header, [_job(step) for step in row.steps], caption)
         body.append(details(row.name, text("This row alone:") + alone + jobs, f"row-{number}"))
@@ -61,7 +61,6 @@ def _job(step: Step) -> list[str]:
     seconds = record.get("seconds")
     commit = _commit(record, 12) if record else "not recorded"
     return [
-        step.node["id"],
         step.command,
         step.what or "–",
         commit,
