@@ -20,6 +20,8 @@ def make_report(material: Material, out: Path) -> Path:
 
     document, folder = material.table, out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.svg"):  # of a report that was made before with other sections
+        old.unlink()
     sections = [
         measured(document, anchors(material)),
         reading(document),

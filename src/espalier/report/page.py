@@ -24,6 +24,11 @@ def text(content: str) -> str:
     return f"<p>{html.escape(content)}</p>"
 
 
+def strong(content: str) -> str:
+    """Return a paragraph that is not overlooked."""
+    return f"<p><strong>{html.escape(content)}</strong></p>"
+
+
 def table(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from espalier import markup
-from espalier.report.page import Section, bullets, table
+from espalier.report.page import Section, bullets, strong, table
 
 Document = Mapping[str, Any]
 
@@ -17,7 +17,8 @@ HINT = (
 def measured(document: Document, anchors: Mapping[str, str]) -> Section:
     """Return the tables of a table document; `anchors` are the places on the page that say how a label was made."""
     links = [anchors.get(line["label"], "made") for line in document["summary"]]
-    parts = [
+    parts = [strong(reason) for reason in document.get("not_reproduction") or ()]
+    parts += [
         table(*markup.main_rows(document), "Means over the tasks, with 95 % intervals.", links=links, sortable=True),
         table(
             *markup.task_rows(document),
