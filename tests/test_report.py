@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from espalier import markup
 from espalier.figures import style
 from espalier.report.material import Material
 from report_material import line, material, table, write
@@ -155,6 +156,16 @@ def test_report_of_a_dense_model_has_no_expert_sections(tmp_path: Path) -> None:
 def test_report_without_a_baseline_is_made(tmp_path: Path) -> None:
     lines = [line("reap 33 %", "reap", 4e6, 0), line("naee 33 %", "naee", 4e6, 0)]
     assert write(tmp_path / "r.html", Material(table(lines, None))).exists()
+
+
+def test_further_tables_are_shown_as_markup_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = material()
+    worse = replace(content, table=content.table | {"not_reproduction": ["A small run: not a reproduction of it."]})
+    rows = [["hc_smoe 33 %", "reap 33 %", "0.1 [0.0, 0.2]"]]
+    monkeypatch.setattr(markup, "pair_rows", lambda document: (["best", "other", "difference"], rows), raising=False)
+    text = " ".join(read(write(tmp_path / "r.html", worse)).text)
+    for said in ("A small run: not a reproduction of it.", "Methods in pairs, on the same items.", "0.1 [0.0, 0.2]"):
+        assert said in text
 
 
 def test_equal_inputs_make_equal_reports(tmp_path: Path) -> None:

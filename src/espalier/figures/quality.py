@@ -106,19 +106,8 @@ def _panel(axes: Any, key: str, count: str, families: Families, full: Document |
     )
     if lower and min(bounds) > 0 and max(bounds) > 3 * min(bounds):
         style.logarithmic(axes.yaxis)
-        ticks = log_ticks(min(bounds), max(bounds))
-        axes.set_yticks(ticks, [f"{t:g}" for t in ticks], minor=False)
-        axes.minorticks_off()
     axes.set_xlabel(f"{count} parameters, millions")
     axes.grid(axis="y")
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return marks of a logarithmic axis: 1, 2, 3, 5 and 7 times powers of ten, of a wide range the powers alone."""
-    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    ticks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 3, 5, 7)]
-    within = [tick for tick in ticks if 0.9 * low <= tick <= 1.1 * high]
-    return within if high < 1000 * low else [10.0**decade for decade in decades if low <= 10.0**decade <= high]
 
 
 def _scaled(value: float, key: str) -> float:

@@ -1,6 +1,7 @@
 """How figures look, and how a figure becomes an SVG element that follows the page's colours."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, Locator, NullLocator
 
 from espalier.store import atomic_file
 
@@ -82,10 +83,32 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
     return [items[place] for place in places]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return marks of a logarithmic axis: 1, 2, 3, 5 and 7 times powers of ten, of a wide range at most 8 powers."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    if high < 30 * low:
+        return [t for n in decades for k in (1, 2, 3, 5, 7) if low <= (t := k * 10.0**n) <= high]
+    if high < 1000 * low:
+        return [t for n in decades for k in (1, 3) if low <= (t := k * 10.0**n) <= high]
+    within = [10.0**n for n in decades if low <= 10.0**n <= high]
+    return within[:: -(-len(within) // 8)]
+
+
+class Powers(Locator):
+    """Puts the marks of `log_ticks` on an axis."""
+
+    def __call__(self) -> list[float]:
+        assert self.axis is not None
+        return self.tick_values(*sorted(self.axis.get_view_interval()))
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        return log_ticks(vmin, vmax)
+
+
 def logarithmic(axis: Any) -> None:
     """Make an axis logarithmic, its marks plain numbers: matplotlib writes them as formulas, which are switched off."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_locator(Powers())
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

@@ -8,10 +8,19 @@ from espalier.report.page import Section, bullets, strong, table
 
 Document = Mapping[str, Any]
 
+# Tables of `markup` that a document may have rows for, with their captions; one that this version lacks is left out.
+FURTHER = {
+    "published_rows": "Beside published numbers ({compare}). Models, data and harness may differ.",
+    "pair_rows": "Methods in pairs, on the same items.",
+}
 HINT = (
     "Two methods differ when the intervals of their comparison with the uncompressed model are well apart; the "
     "intervals of the values themselves are wider, since they also hold how hard the items are."
 )
+
+
+def _no_rows(document: Document) -> tuple[list[str], list[list[str]]]:
+    return [], []
 
 
 def measured(document: Document, anchors: Mapping[str, str]) -> Section:
@@ -27,10 +36,10 @@ def measured(document: Document, anchors: Mapping[str, str]) -> Section:
             sortable=True,
         ),
     ]
-    header, rows = markup.published_rows(document)
-    if rows:
-        note = f"Beside published numbers ({document['compare']}). Models, data and harness may differ."
-        parts.append(table(header, rows, note, sortable=True))
+    for rows_of, note in FURTHER.items():
+        header, rows = getattr(markup, rows_of, _no_rows)(document)
+        if rows:
+            parts.append(table(header, rows, note.format(**document), sortable=True))
     return Section("results", "Results", "\n".join(parts))
 
 
