@@ -18,6 +18,8 @@ import pytest
 from report_material import material, write
 from test_report import NASTY
 
+pytestmark = pytest.mark.xdist_group("browser")  # one process, so that the browser starts once
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SECONDS = 240  # until a browser on a busy machine is given up
 FRAMES = {  # width in pixels, and what the frame may do

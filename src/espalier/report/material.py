@@ -28,6 +28,7 @@ Document = Mapping[str, Any]
 Floats = NDArray[np.float64]
 Shape = ModelShape | DenseShape
 
+SAMPLES = "inputs"  # a probe that keeps whole tokens, of which no figure shows anything
 LINES = 48  # of the table, of which decisions, trainings and skipping are shown
 
 
@@ -163,9 +164,9 @@ class _Gatherer:
         return skipping.what_tokens_skip(plans, stats, ids.ravel() if mask is None else ids[mask.astype(bool)])
 
     def _evidence(self, plan_node: Document) -> tuple[Stats | None, Any]:
-        """Return the statistics that a plan was made from, None if there are none, and its method."""
+        """Return the statistics that a plan was made from but for SAMPLES, None if there are none, and its method."""
         method = methods.build({key: value for key, value in plan_node["config"].items() if key != "dtype"})
-        probes = self.store.parents(dict(plan_node), "probe")
+        probes = [p for p in self.store.parents(dict(plan_node), "probe") if p["config"]["probe"] != SAMPLES]
         paths = tuple(dict.fromkeys(self.store.path(probe) for probe in probes))
         if not paths or not all(path.exists() for path in paths):
             return None, method
