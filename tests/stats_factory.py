@@ -64,7 +64,7 @@ class PlainExperts:
 
 
 class PlainExpertBlock:
-    """What `espalier.experts.Block` gives a method."""
+    """What `espalier.expert_block.Block` gives a method."""
 
     def __init__(self, block: Block) -> None:
         self._block = block

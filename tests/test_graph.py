@@ -7,7 +7,7 @@ import pytest
 from espalier import graph
 from espalier.errors import UserError
 from espalier.store import Store
-from espalier.sweep import points
+from espalier.sweep import Composer, points
 
 
 def stages(experiment):
@@ -44,6 +44,97 @@ def test_points_cross_and_zip():
 def test_zip_needs_equal_lengths():
     with pytest.raises(UserError, match=r"'d': 2, 'e': 1"):
         list(points([{"zip": {"d": [4, 5], "e": [6]}}]))
+
+
+def labels(name, store, *overrides):
+    nodes = graph.expand(name, overrides, store).nodes
+    return [row["label"] for row in next(node for node in nodes if node.stage == "table").config["rows"]]
+
+
+def test_cases_have_axes_of_their_own_that_are_crossed_with_the_rest():
+    cases = [
+        {"a": [1, 2]},
+        {"a": 3, "zip": {"b": [4, 5], "c": [6, 7]}},
+        {"a": 8, "cases": [{"b": 1}, {"b": 2, "c": 3}]},
+    ]
+    assert list(points([{"d": ["x", "y"], "cases": cases}])) == [
+        {"d": d} | rest
+        for d in ("x", "y")
+        for rest in (
+            {"a": 1},
+            {"a": 2},
+            {"a": 3, "b": 4, "c": 6},
+            {"a": 3, "b": 5, "c": 7},
+            {"a": 8, "b": 1},
+            {"a": 8, "b": 2, "c": 3},
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"a": [1], "cases": [{"a": 2}]}, "'a' is given twice in one block"),
+        ({"a": 1, "zip": {"a": [2]}}, "'a' is given twice in one block"),
+        ({"a": []}, "'a' has no value"),
+        ({"cases": {"a": 1}}, "sweep.cases: .* is not a list of blocks"),
+        ({"cases": [1]}, "sweep.cases: 1 is not a mapping"),
+        ({"zip": [1]}, "sweep.zip: .* is not a mapping"),
+        ([1], r"sweep: \[1\] is not a mapping"),
+    ],
+)
+def test_a_block_that_means_nothing_is_refused(block, message):
+    with pytest.raises(UserError, match=message):
+        list(points([block]))
+
+
+def test_values_have_names_that_stand_in_the_rows(tmp_path, monkeypatch):
+    layers = "{early: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], late: [20, 21]}"
+    sweep = [
+        f"{{method: layer_drop, method.layers: {layers}}}",
+        f"{{as: dropped, method: layer_drop, zip: {{method.layers: {layers}, method.granularity: [block, ffn]}}}}",
+        "{method: layer_drop, method.layers: [[1, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]}",
+        "{as: both, cases: [{method: reap, method.ratio: [0.25, 0.5]}, {as: merged, method: hc_smoe}]}",
+        "{method: {ours: reap}, method.ratio: {half: 0.5}, calibration: {w: embedded_wiki}}",
+    ]
+    store = project(tmp_path, monkeypatch, sweep)
+    path = tmp_path / "conf/experiment/mine.yaml"
+    path.write_text(path.read_text().replace("\n", "\ndefaults: [override /model: mixtral_8x7b]\n", 1))
+    nodes = graph.expand("mine", [], store).nodes
+    assert [row["label"] for row in next(node for node in nodes if node.stage == "table").config["rows"]] == [
+        "layer_drop layers=early",
+        "layer_drop layers=late",
+        "dropped layers=early granularity=block",
+        "dropped layers=late granularity=ffn",
+        "layer_drop layers=[1, 2]",
+        "layer_drop layers=[1, ...12]",
+        "both method=reap ratio=0.25",
+        "both method=reap ratio=0.5",
+        "both merged",
+        "ours half calibration=w",
+    ]
+    plans = {node.label: node.config for node in nodes if node.stage == "plan"}
+    assert plans["layer_drop layers=early"]["layers"] == list(range(1, 13))
+    assert plans["dropped layers=late granularity=ffn"]["layers"] == [20, 21]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "differ"),
+    [
+        (["{as: ours, method: reap}", "{as: ours, method: hc_smoe}"], "method"),
+        (["{method: reap, method.ratio: {same: 0.25}}", "{method: reap, method.ratio: {same: 0.5}}"], "method.ratio"),
+        (["{as: ours, method: random, method.seed: [0, 1]}", "{as: ours, method: random, calibration: embedded_wiki}"],
+         "calibration"),
+    ],
+)  # fmt: skip
+def test_rows_of_one_name_differ_in_seeds_alone(tmp_path, monkeypatch, sweep, differ):
+    store = project(tmp_path, monkeypatch, sweep)
+    with pytest.raises(UserError, match=rf"two rows are called '.*' and differ in {differ}\. ") as caught:
+        graph.expand("mine", [], store)
+    assert "\n" not in str(caught.value)
+    same = ["{method: reap, method.ratio: 0.5}", "{as: reap 50 %, method: reap}"]  # one row said twice
+    store = project(tmp_path, monkeypatch, same)
+    assert labels("mine", store) == ["reap 50 %"]
 
 
 def test_calibration_is_shared_over_methods_and_ratios(tmp_path, monkeypatch):
@@ -143,6 +234,32 @@ def test_large_sweeps_compose_once_per_choice_of_groups(tmp_path, monkeypatch):
     experiment = graph.expand("mine", [], store)
     assert stages(experiment)["plan"] == 1000
     assert len(calls) == 3  # the experiment itself, and one a method
+
+
+def test_crossed_groups_compose_a_choice_at_a_time_to_what_they_compose_together(tmp_path, monkeypatch):
+    import hydra
+
+    sweep = "{method: [reap, hc_smoe, naee], calibration: [embedded, embedded_wiki], tuning: [none, router_lm]}"
+    project(tmp_path, monkeypatch, [sweep])
+    (tmp_path / "conf/method/both.yaml").write_text(
+        "# @package _global_\ndefaults: [/method@method: reap]\ncalibration: {samples: 3}\n"
+    )
+    calls = []
+    compose = hydra.compose
+    monkeypatch.setattr(hydra, "compose", lambda *a, **k: calls.append(a) or compose(*a, **k))
+    composer = Composer("mine", ["evaluation.limit=5"])
+    together = {}
+    for point in points(composer.sweep()):
+        together[tuple(point.items())] = composer.compose(point)
+    assert len(calls) == 1 + 3 + 2 + 2
+    # A file that sets what another group's files set: its choices are composed with the other's.
+    entangled = composer.compose({"method": "both", "calibration": "embedded_wiki"})
+    assert entangled["calibration"]["samples"] == 3
+    assert entangled["calibration"]["name"] == "embedded_wiki"
+    for point, config in together.items():
+        overrides = [f"{key}={value}" for key, value in point]
+        plain = Composer("mine", ["evaluation.limit=5", *overrides]).compose({})
+        assert plain == config
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_an_unknown_format_is_refused(tmp_path):
     path = store.node_path(node.id)
     path.write_text(path.read_text().replace("espalier.node/1", "espalier.node/9"))
     with pytest.raises(UserError, match=r"espalier\.node/9.*expected espalier\.node/1"):
-        store.read_node(node.id)
+        Store(tmp_path).read_node(node.id)
 
 
 def test_a_model_directory_is_known_by_its_content(tmp_path):

@@ -12,7 +12,7 @@ from espalier.kernel_settings import KernelBench
 from espalier.labels import row_label
 from espalier.speed_settings import Timing
 from espalier.store import Node, Store, canonical, content_hash, digest, write_json
-from espalier.sweep import Composer, Config, Point, is_seed, points
+from espalier.sweep import Composer, Config, Point, is_seed, is_shown, overrides_of, points
 from espalier.tune_settings import Tuning
 
 COMPARED = 128  # likeliest tokens of the uncompressed model that a divergence tells apart; the others are one class
@@ -39,16 +39,17 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
     composer = Composer(experiment, overrides)
     base = composer.compose({})
     builder = _Builder(store)
-    rows: list[Config] = []
-    made: list[Point] = []  # the point of each row
+    different: dict[str, tuple[Config, Point]] = {}  # rows, each with its first point
+    named: dict[str, tuple[Config, Point]] = {}  # the first point of each name
     swept = list(points(composer.sweep()))
     _refuse_shadowed(experiment, overrides, swept)
     for point in swept:
         config = composer.compose(point)
         row = builder.row(config, point)
-        if row not in rows:
-            rows.append(row)
-            made.append(point)
+        different.setdefault(canonical(row), (row, point))
+        this = (config, point)
+        _refuse_equal_names(row["label"], this, named.setdefault(row["label"], this))
+    rows, made = [row for row, _ in different.values()], [point for _, point in different.values()]
     scores = [id for row in rows for id in row["scores"].values()]
     scores += [row[kind] for kind in ("speed", "kernels") for row in rows if kind in row]
     plans = [row["plan"] for row in rows if row["plan"]]
@@ -73,6 +74,26 @@ def _refuse_shadowed(experiment: str, overrides: Sequence[str], swept: Sequence[
                 f"{override}: the sweep of conf/experiment/{experiment}.yaml sets {key!r} itself. "
                 f"Give another sweep: 'sweep=[{{{key}: {value}}}]'."
             )
+
+
+def _refuse_equal_names(label: str, one: tuple[Config, Point], other: tuple[Config, Point]) -> None:
+    """Rows of one name are one line of the table, over seeds: what differs in more would be averaged without a word."""
+    if one is other or _seedless(one[0]) == _seedless(other[0]):
+        return
+    values = [overrides_of(point) for _, point in (one, other)]
+    keys = [key for key in values[0] | values[1] if values[0].get(key) != values[1].get(key) and is_shown(key)]
+    raise UserError(
+        f"sweep: two rows are called {label!r} and differ in {', '.join(keys)}. Give the blocks different names with "
+        "`as`, or the values names: KEY: {NAME: VALUE}."
+    )
+
+
+def _seedless(value: Any) -> Any:
+    """Return a configuration without seeds and without what changes no result."""
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if key not in ("seed", "seeds", "runtime", "tracking")}
+        return {key: _seedless(item) for key, item in kept.items()}
+    return value
 
 
 def _published(compare: str | None) -> Config | None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -257,8 +258,7 @@ class Reckoner:
             return _held_out_tokens(domain)
         items = sources.task_items(name)
         if items is not None:
-            # A line holds a context and its continuations, which share it when they are scored.
-            return int(sum(map(len, items.read_bytes().splitlines()[:limit])) / BYTES_PER_TOKEN)
+            return _item_tokens(items, limit)
         if name in KNOWN_TASKS:
             count, continuations, tokens = KNOWN_TASKS[name]
             return min(count, limit or count) * continuations * tokens
@@ -277,6 +277,13 @@ def _held_out(domain: str) -> Path:
     return sources.ASSETS / "text" / domain / "validation.jsonl"
 
 
+@cache
+def _item_tokens(items: Path, limit: int | None) -> int:
+    """Tokens of a task's items; a line holds a context and its continuations, which share it when they are scored."""
+    return int(sum(map(len, items.read_bytes().splitlines()[:limit])) / BYTES_PER_TOKEN)
+
+
+@cache
 def _held_out_tokens(domain: str) -> int:
     return int(_held_out(domain).stat().st_size / BYTES_PER_TOKEN)
 
@@ -287,8 +294,13 @@ def _longest_choice(task: Document) -> int:
     items = sources.task_items(name)
     if items is None:
         return LONGEST * KNOWN_TASKS[name][2] if name in KNOWN_TASKS else CHOICE_LENGTH
+    return _longest_item(items, task.get("limit"))
+
+
+@cache
+def _longest_item(items: Path, limit: int | None) -> int:
     lengths = []
-    for item in map(json.loads, items.read_text().splitlines()[: task.get("limit")]):
+    for item in map(json.loads, items.read_text().splitlines()[:limit]):
         text = sum(len(item.get(key, "")) for key in ("context", "passage", "question"))
         lengths.append(text + max(map(len, item.get("choices", [""]))))
     return int(max(lengths) / BYTES_PER_TOKEN)

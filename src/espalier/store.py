@@ -11,6 +11,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Node:
     label: str = ""
     made_by: str = ""
 
-    @property
+    @cached_property
     def id(self) -> str:
         return digest([self.stage, VERSION[self.stage], identity(self.config), list(self.parents)])
 
@@ -112,13 +113,15 @@ class Node:
 class Store:
     """The results folder: nodes and the artefacts they stand for.
 
-    With `dry`, new nodes stay in memory: a dry run leaves the folder as it was.
+    With `dry`, new nodes stay in memory: a dry run leaves the folder as it was. A node is read once: its file never
+    changes.
     """
 
     def __init__(self, root: Path | str = "results", dry: bool = False) -> None:
         self.root = Path(root)
         self.dry = dry
-        self._memory: dict[str, dict[str, Any]] = {}
+        self._memory: dict[str, dict[str, Any]] = {}  # that are in no file
+        self._read: dict[str, dict[str, Any]] = {}
 
     def node_path(self, id: str) -> Path:
         return self.root / "nodes" / f"{id}.json"
@@ -132,12 +135,14 @@ class Store:
 
     def read_node(self, id: str) -> dict[str, Any]:
         """Return the node document `id`; UserError when it is missing or of an unknown format."""
-        path = self.node_path(id)
         if id in self._memory:
             return self._memory[id]
-        if not path.exists():
-            raise UserError(f"{path}: no such node. Run `espalier run EXPERIMENT -n` to write the nodes again.")
-        return read_json(path, "espalier.node/1")
+        if id not in self._read:
+            path = self.node_path(id)
+            if not path.exists():
+                raise UserError(f"{path}: no such node. Run `espalier run EXPERIMENT -n` to write the nodes again.")
+            self._read[id] = read_json(path, "espalier.node/1")
+        return self._read[id]
 
     def write_node(self, node: Node) -> dict[str, Any]:
         """Write `node` unless it is there already; return the document on disk, which never changes.

@@ -14,7 +14,8 @@ from espalier.shape import ModelShape
 from espalier.stats import Stats
 
 if TYPE_CHECKING:
-    from espalier.experts import Block, ExpertWeights
+    from espalier.expert_block import Block
+    from espalier.experts import ExpertWeights
 
 Arrays = Mapping[str, NDArray[Any]]
 

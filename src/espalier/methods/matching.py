@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from espalier.methods.similarity import Floats, unit
 
@@ -127,6 +126,8 @@ def unit_distances(first: NDArray[np.float32], other: NDArray[np.float32]) -> Fl
 
 def assigned(cost: Floats) -> Targets:
     """Return for each column of `cost` [F, F] its row in the assignment of least cost."""
+    from scipy.optimize import linear_sum_assignment  # slow to import, and few rules match neurons
+
     rows, columns = linear_sum_assignment(cost)
     targets = np.empty(len(cost), np.int32)
     targets[columns] = rows

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.store import Store, read_json, run_record_path
+from espalier.sweep import AS, LABEL, NAMES, overrides_of
 
 Document = Mapping[str, Any]
 RESULTS = "results"  # where results lie if nobody says otherwise
@@ -80,8 +81,15 @@ def run_command(experiment: str, how: Document, root: Path, numbers: Sequence[in
 
 
 def _block(point: Document) -> dict[str, Any]:
-    """Return the block of a sweep that is this point alone: a list that is a value stands in a list of one."""
-    return {key: [value] if isinstance(value, list) else value for key, value in point.items()}
+    """Return the block of a sweep that is this point alone, under the name that it has in the sweep."""
+    names = point.get(NAMES, {})
+    block: dict[str, Any] = {AS: point[LABEL]} if LABEL in point else {}
+    for key, value in overrides_of(point).items():
+        if key in names:
+            block[key] = {names[key]: value}
+        else:
+            block[key] = [value] if isinstance(value, list | dict) else value  # else each item were a value
+    return block
 
 
 def _results(root: Path) -> list[str]:
