@@ -256,6 +256,8 @@ def test_crossed_groups_compose_a_choice_at_a_time_to_what_they_compose_together
     entangled = composer.compose({"method": "both", "calibration": "embedded_wiki"})
     assert entangled["calibration"]["samples"] == 3
     assert entangled["calibration"]["name"] == "embedded_wiki"
+    nested = {"calibration@tuning.calibration": "embedded_code", "method": "reap", "tuning": "router_lm"}
+    together[tuple(nested.items())] = composer.compose(nested)  # means nothing without the tuning
     for point, config in together.items():
         overrides = [f"{key}={value}" for key, value in point]
         plain = Composer("mine", ["evaluation.limit=5", *overrides]).compose({})

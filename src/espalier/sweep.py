@@ -84,14 +84,13 @@ class _Part:
 
 
 def _block(block: Any, where: str) -> Iterator[_Part]:
-    """Yield the combinations of a block; keys with lists stand before those of `zip`, these before those of `cases`."""
+    """Yield the combinations of a block, the values of its last key in turn first."""
     if not isinstance(block, dict):
         raise UserError(f"{where}: {block!r} is not a mapping of keys to values.")
-    axes = [_axis(key, values) for key, values in block.items() if key not in (AS, ZIP, CASES)]
-    if ZIP in block:
-        axes.append(_zip(block[ZIP]))
-    if CASES in block:
-        axes.append(_cases(block[CASES]))
+    special = {ZIP: _zip, CASES: _cases}
+    axes = [
+        special[key](values) if key in special else _axis(key, values) for key, values in block.items() if key != AS
+    ]
     title = _Part({}, titles=(str(block[AS]),) if block.get(AS) is not None else ())
     for combination in itertools.product(*axes):
         yield functools.reduce(operator.or_, combination, title)
@@ -99,11 +98,10 @@ def _block(block: Any, where: str) -> Iterator[_Part]:
 
 def _axis(key: str, values: Any) -> list[_Part]:
     """Return the values of one key, in their order."""
-    several = isinstance(values, list | dict)
-    found = values if several else [values]
+    found = values if isinstance(values, list | dict) else [values]
     if not found:
         raise UserError(f"sweep: {key!r} has no value. Give one, or leave the key out.")
-    varied = (key,) if several and is_shown(key) else ()
+    varied = (key,) if len(found) > 1 and is_shown(key) else ()
     if isinstance(found, dict):
         return [_Part({key: value}, {key: str(name)}, varied=varied) for name, value in found.items()]
     return [_Part({key: value}, varied=varied) for value in found]
@@ -144,6 +142,7 @@ class Composer:
         self.experiment = experiment
         self.overrides = [f"+experiment={experiment}", *_file_overrides(overrides)]
         self._composed: dict[tuple[Choice, ...], Config] = {}
+        self._entangled: set[Choice] = set()
         self._groups = {path.name for path in conf.directory().iterdir() if path.is_dir()}
         if not (conf.directory() / "experiment" / f"{experiment}.yaml").exists():
             known = nearest(experiment, conf.names("experiment"))
@@ -204,11 +203,19 @@ class Composer:
         groups cost a composition a choice; otherwise all are composed at once.
         """
         if choices not in self._composed:
-            apart = None
-            if len(choices) > 1:
-                apart = _joined(self._chosen(()), [self._chosen((choice,)) for choice in choices])
+            alone = [self._alone(choice) for choice in choices] if len(choices) > 1 else [None]
+            apart = None if None in alone else _joined(self._chosen(()), [one for one in alone if one is not None])
             self._composed[choices] = apart or self._hydra([override for choice in choices for override in choice])
         return self._composed[choices]
+
+    def _alone(self, choice: Choice) -> Config | None:
+        """Return the composition with one choice, None where it needs another one (calibration@tuning.calibration)."""
+        if choice not in self._entangled:
+            try:
+                return self._chosen((choice,))
+            except UserError:
+                self._entangled.add(choice)
+        return None
 
     def _hydra(self, choices: Sequence[str]) -> Config:
         from hydra import compose, initialize_config_dir
