@@ -135,7 +135,7 @@ def test_an_interrupted_fit_ends_with_the_same_numbers(models, learnt, tmp_path,
     whole, _ = learnt("llama", tokens=8 * 64)
     heard = []
 
-    def log(values):
+    def log(values, step):
         heard.append(values)
         if len(heard) == 3:
             raise KeyboardInterrupt

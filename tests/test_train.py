@@ -142,6 +142,29 @@ def test_what_listeners_draw_changes_nothing(tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_steps_are_told_when_they_are_safe_and_each_once(tmp_path, monkeypatch):
+    training, told, broken = Training(0.05, 7), [], []
+    saves = iter([False, False, True, False, False, True, False, False])  # behind steps 1 to 4, 4 to 7
+    monkeypatch.setattr("espalier.train.TrainingState.due", lambda self: next(saves))
+
+    def batch(n):
+        if n == 4 and not broken:
+            broken.append(n)
+            raise KeyboardInterrupt  # step 4 is done and not saved
+        return numbers(n)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(training, tmp_path / "state", batch=batch, log=told.append)
+    assert [step.done for step in told] == [1, 2, 3]
+    _, trained = run(training, tmp_path / "state", batch=batch, log=told.append)
+    assert [step.done for step in told] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step.terms for step in told] == [step.terms for step in trained.curve]
+    run(training, tmp_path / "state", log=told.append)  # all is done
+    assert len(told) == 7
+    run(training, log=told.append)  # nothing is saved
+    assert len(told) == 14
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_after_the_step_with_the_state_saved(number, tmp_path):
     training = Training(0.05, 6)

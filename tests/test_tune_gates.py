@@ -159,7 +159,7 @@ def test_an_interrupted_training_ends_with_the_same_bytes(split, tmp_path, monke
     tuned(split, tmp_path / "whole", tuning)
     steps = []
 
-    def log(values):
+    def log(values, step):
         steps.append(values)
         if len(steps) == 3:
             raise KeyboardInterrupt

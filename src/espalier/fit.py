@@ -24,7 +24,7 @@ from espalier.runtime import load
 from espalier.stats import Stats
 from espalier.train import Step, Training, TrainingState, interruption, shuffled, train
 
-Log = Callable[[Mapping[str, float]], None]
+Log = Callable[[Mapping[str, float], int], None]  # named numbers and the step that they are of
 Progress = Callable[[int, int], None]
 
 
@@ -73,9 +73,11 @@ def fit(
         given = None if kept is None else kept[chosen].to(device)
         return every[chosen].to(device), given, number // each
 
-    def after(step: Step) -> None:
+    def tell(step: Step) -> None:
         if log is not None:
-            log({"loss": step.loss, **step.terms})
+            log({"loss": step.loss, **step.terms}, step.done)
+
+    def after(step: Step) -> None:
         if progress is not None:
             progress(step.done, steps)
 
@@ -104,6 +106,7 @@ def fit(
             state=saved,
             stop=stop,
             after=after,
+            log=tell,
         )
     tokens = [len(row) for row in every] if kept is None else kept.bool().sum(1).tolist()
     arrays = {(fitting.name, layer): named for layer, named in learner.arrays().items()}

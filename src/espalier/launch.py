@@ -31,8 +31,9 @@ def run(
 
     `cores`: processors to use at once (default: those this process may use; a cluster profile sets its own number
     of jobs). `tracking`: a name of conf/tracking. A dry run writes nothing and needs no lock. UserError before
-    anything starts: unknown names or keys, no Snakefile, another run at work in `results`.
+    anything starts: unknown names or keys, no Snakefile, another run at work in `results`, no key for tracking=online.
     """
+    from espalier import tracking as service
     from espalier.graph import expand
     from espalier.store import Store
 
@@ -43,9 +44,11 @@ def run(
     if profile == "default" or cores is not None:
         command += ["--cores", str(cores or len(os.sched_getaffinity(0)))]
     config = [f"experiments={json.dumps([experiment])}", f"overrides={json.dumps(overrides)}", f"results={results}"]
-    expand(experiment, overrides, Store(results, dry=True))  # a user's mistake is one line here, not a traceback there
+    # A user's mistake is one line here, not a traceback there.
+    expanded = expand(experiment, overrides, Store(results, dry=True))
     if dry:
         return _call([*command, "--dry-run", "--config", *config])
+    service.check(expanded.run["tracking"])
     with run_lock(results, experiment) as descriptor:
         if stale_lock(Path.cwd()):
             print("espalier: removing the lock that a killed run left behind", file=sys.stderr)

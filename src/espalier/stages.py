@@ -12,7 +12,7 @@ from espalier.errors import UserError
 from espalier.partial import resumable_work
 from espalier.provenance import run_record
 from espalier.running import Running
-from espalier.store import MODELS, Store, read_json, write_json
+from espalier.store import MODELS, Store, identity, read_json, write_json
 
 if TYPE_CHECKING:
     from espalier.plan import Plan
@@ -107,7 +107,7 @@ def _fit(node: Document, store: Store, artefact: Path, record: Document) -> None
     running, dtype, state = Running.of(settings["runtime"]), node["config"]["dtype"], _training_state(artefact)
     with _tracked(node, store, settings) as tracker:
         stats, curve = fit(directory, fitting, ids, mask, running, state, dtype=dtype, log=tracker.log)
-    save_fit(artefact, stats, fitting, curve, node=node["id"])
+        save_fit(artefact, stats, fitting, curve, node=node["id"])  # before the tracker waits for its server
     record["fit"] = {"steps": len(curve), "seconds": curve[-1].seconds, "loss": [curve[0].loss, curve[-1].loss]}
     shutil.rmtree(state, ignore_errors=True)
 
@@ -121,7 +121,8 @@ def _tracked(node: Document, store: Store, settings: Document) -> AbstractContex
     from espalier import tracking
 
     folder = {"directory": settings["tracking"].get("directory") or str(store.root)}
-    return tracking.track(settings["tracking"] | folder, node["id"], node["label"])
+    facts = {key: value for key, value in identity(node["config"]).items() if key != "rows"}  # of a table, hundreds
+    return tracking.track(settings["tracking"] | folder, node["id"], node["label"], node["stage"], facts)
 
 
 def _plan(node: Document, store: Store, artefact: Path, record: Document) -> None:
@@ -241,7 +242,7 @@ def _score(node: Document, store: Store, artefact: Path, record: Document) -> No
         document, samples = score(weights(node, store), tasks, running, dtype=dtype, answers=answers)
         save_scores(artefact, document | {"node": node["id"]}, samples)
     with _tracked(node, store, settings) as tracker:
-        tracker.log({name: result["value"] for name, result in document["tasks"].items()})
+        tracker.log({name: result["value"] for name, result in document["tasks"].items()}, step=0)
 
 
 def _speed(node: Document, store: Store, artefact: Path, record: Document) -> None:
@@ -277,7 +278,11 @@ def _kernels(node: Document, store: Store, artefact: Path, original: Path, place
 def _table(node: Document, store: Store, artefact: Path, record: Document) -> None:
     from espalier.tables import make_table
 
-    make_table(node["config"], store).write(artefact.with_suffix(""))
+    table = make_table(node["config"], store)
+    table.write(artefact.with_suffix(""))
+    with _tracked(node, store, runtime(store)) as tracker:
+        rows = table.tidy.astype(object).where(table.tidy.notna(), None)
+        tracker.table("scores", list(rows.columns), rows.to_numpy().tolist())
 
 
 def _report(node: Document, store: Store, artefact: Path, record: Document) -> None:

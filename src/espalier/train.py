@@ -109,6 +109,7 @@ class TrainingState:
     save_seconds: float = SAVE_SECONDS
     continues: Callable[[dict[str, Any], int], bool] | None = None
     saved: Callable[[int], None] | None = None  # hears the steps done after each save
+    steps: int = 0  # that are done in the file
     _last: float = field(default_factory=time.monotonic)
 
     def due(self) -> bool:
@@ -130,9 +131,9 @@ class TrainingState:
         with atomic_file(self.path) as temporary:
             save_file(tensors, temporary, header | {"done": str(curve[-1].done if curve else 0)})
             stable_header(temporary)
-        self._last = time.monotonic()
+        self._last, self.steps = time.monotonic(), curve[-1].done if curve else 0
         if self.saved is not None:
-            self.saved(curve[-1].done if curve else 0)
+            self.saved(self.steps)
 
     def load(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None) -> list[Step] | None:
         """Fill parameters, moments and the random generators from the file and return its curve."""
@@ -209,6 +210,7 @@ def train(
     state: TrainingState | None = None,
     stop: Interruption | None = None,
     after: Callable[[Step], None] | None = None,
+    log: Callable[[Step], None] | None = None,
     before: Callable[[list[Step]], None] | None = None,
     measure: Callable[[], dict[str, float]] | None = None,
     scale: Callable[[str], float] = lambda name: 1.0,
@@ -218,7 +220,8 @@ def train(
     `batch(n)` gives the n-th micro-batch, whatever came before. `before` hears the finished steps in front of each
     step, `after` each step behind it; `measure` gives further numbers of the micro-batch that has just run. The rate
     of a parameter is multiplied by `scale` of its name. With `state` a training that was interrupted goes on where it
-    was saved last; on a processor the result has the same bytes.
+    was saved last; on a processor the result has the same bytes. `log` hears each step when it is saved (without
+    `state`, when it is done), so that one that is done again after an interruption is told once.
 
     UserError when nothing is to be trained or the loss is not finite; InterruptedWork after the running step when
     `stop` noticed a signal, with the state saved.
@@ -235,6 +238,7 @@ def train(
         torch.manual_seed(training.seed)
         curve = (state.load(masters, optimizer) if state is not None else None) or []
         _copy(masters, trained)
+        logged = len(curve)
         spent, start = curve[-1].seconds if curve else 0.0, time.monotonic()
         for number in range(len(curve), training.steps):
             if before is not None:
@@ -261,6 +265,10 @@ def train(
                     after(curve[-1])
                 if state is not None and (state.due() or leaving or number + 1 == training.steps):
                     state.save(masters, optimizer, curve)
+                if log is not None and (state is None or state.steps == number + 1):
+                    for step in curve[logged:]:
+                        log(step)
+                    logged = len(curve)
             if stop is not None and state is not None:
                 stop.leave(f"after step {number + 1} of {training.steps}; the same command goes on from {state.path}")
     return Trained({name: p.detach() for name, p in masters.items()}, curve)

@@ -34,7 +34,7 @@ from espalier.tune_settings import Tuning
 
 FORMAT = "espalier.tuning/1"
 
-Log = Callable[[Mapping[str, float]], None]
+Log = Callable[[Mapping[str, float], int], None]  # named numbers and the step that they are of
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def tune(
     checkpoint = Checkpoint(source)
     names = tuned_names(source, dtype, tuning)
     training = _training(tuning, text.ids.shape[1])
-    log = log or (lambda values: None)
+    log = log or (lambda values, step: None)
     threshold: float | None = None
     digest = hashlib.sha256(np.ascontiguousarray(text.ids).tobytes())
     digest.update(b"" if text.mask is None else np.ascontiguousarray(text.mask).tobytes())
@@ -95,7 +95,9 @@ def tune(
             original, source, list(names), ids, mask, tuning, training, running, dtype, state, identity
         )
         with interruption() as stop:
-            tensors, curves = tuner.run(stop, lambda layer, step: log(_named(step, f"layer {layer}/")))
+            tensors, curves = tuner.run(
+                stop, lambda layer, step: log(_named(step, f"layer {layer}/"), layer * training.steps + step.done)
+            )
     else:
         trained, threshold = _end_to_end(
             source, names, tuning, training, text, running, dtype, teacher, state, identity, log
@@ -222,7 +224,7 @@ def _end_to_end(
             training,
             state=saved,
             stop=stop,
-            after=lambda step: log(_named(step, "")),
+            log=lambda step: log(_named(step, ""), step.done),
             before=controller.follow,
             measure=lambda: measured,
             scale=lambda name: ratio if "router." in name else 1.0,

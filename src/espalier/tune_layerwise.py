@@ -90,11 +90,12 @@ class LayerwiseTuner:
         self.rows = shuffled(len(ids), tuning.batch, tuning.seed)
 
     def run(
-        self, stop: Interruption, after: Callable[[int, Step], None] | None = None
+        self, stop: Interruption, log: Callable[[int, Step], None] | None = None
     ) -> tuple[dict[str, Tensor], Curves]:
         """Tune layer after layer and return the routers, in fp32 on the processor, and each layer's curve.
 
-        InterruptedWork between batches and steps when `stop` noticed a signal.
+        `log` hears a layer and each of its steps, once. InterruptedWork between batches and steps when `stop` noticed a
+        signal.
         """
         tuned: dict[str, Tensor] = {}
         curves: Curves = {}
@@ -122,7 +123,7 @@ class LayerwiseTuner:
                     wanted[number] = before[number] + (states[0][number] - states[1][number]) / factor
             part = Part(self.compressed.layers[layer], self.family, norm)
             fit = Fit(_sequences(given), _sequences(wanted), self._weights(states[0]), scale, self.mask)
-            found, curves[layer] = self._fit(layer, part, fit, stop, after)
+            found, curves[layer] = self._fit(layer, part, fit, stop, log)
             tuned |= {name: tensor.cpu().clone() for name, tensor in found.items()}
             if own:
                 self._update(part, given, before, states[1], factor)
@@ -210,7 +211,7 @@ class LayerwiseTuner:
         part: Part,
         fit: Fit,
         stop: Interruption,
-        after: Callable[[int, Step], None] | None,
+        log: Callable[[int, Step], None] | None,
     ) -> tuple[dict[str, Tensor], list[Step]]:
         device = self.compressed.device
         prefix = next(f"{name}." for name, module in self.compressed.model.named_modules() if module is part.layer)
@@ -232,7 +233,7 @@ class LayerwiseTuner:
             return terms
 
         state = TrainingState(self.folder / f"layer-{layer}.safetensors", self.identity | {"layer": layer})
-        told = None if after is None else lambda step: after(layer, step)
+        told = None if log is None else lambda step: log(layer, step)
         routers = [getattr(part.block, self.family.router_module)]
         with part.calls() as calls, router_logits(routers, 1 if self.family.scales_input else 0) as seen:
             trained = train(
@@ -242,7 +243,7 @@ class LayerwiseTuner:
                 self.training,
                 state=state,
                 stop=stop,
-                after=told,
+                log=told,
             )
         part.requires_grad_(False)
         return {names[name]: tensor for name, tensor in trained.parameters.items()}, trained.curve
