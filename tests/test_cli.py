@@ -279,17 +279,6 @@ def test_show(store, capsys):
         lineage.find(store, "zzzz")
 
 
-def test_diff_walks_the_parents(store):
-    store, plans, nodes = store
-    found = lineage.diff(store, plans["reap old"], plans["reap new"])
-    assert "  plan ratio: 0.25 -> 0.5" in found
-    assert "  plan < probe dtype: old -> new" in found
-    assert "tokens" not in found.split("\n", 2)[2]  # what is shared is not listed
-    assert "same configuration" in lineage.diff(store, plans["reap old"], plans["reap old"])
-    with pytest.raises(UserError, match="compare two of one stage"):
-        lineage.diff(store, plans["reap old"], nodes["calibrationtokens"].id)
-
-
 def test_gc_deletes_what_no_experiment_needs_and_only_when_told(store, capsys):
     store, plans, nodes = store
     (store.root / "plans/.x.json.123.tmp").write_text("half")

@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 PIPELINE, LOOK, STAGE = "The pipeline", "Results and machine", "One stage (what the pipeline's rules call)"
 
+LISTED = 50  # pieces of garbage
+
 Results = Annotated[Path, typer.Option("--results", help="The folder of results.")]
 NodeId = Annotated[str, typer.Argument(metavar="NODE", help="Id of a node, or its first digits.")]
 Overrides = Annotated[
@@ -132,8 +134,9 @@ def compress(
             **_settings(settings or []),
         )
     counts, source = report["counts"], report["source_parameters"]
-    saved = 1 - counts["stored"] / source
-    print(f"{report['out']}: {counts['stored']:,.0f} of {source:,} parameters stored ({saved:.1%} saved), plan.json")
+    more = counts["stored"] / source - 1  # routers of a dense model's blocks, say
+    change = f"grown by {more:.2%}" if more > 0 else f"{-more:.1%} saved"
+    print(f"{report['out']}: {counts['stored']:,.0f} of {source:,} parameters stored ({change}), plan.json")
     print(f"at most {counts['active']:,.0f} active a token; {report['apply'][-1]['loads_in']}; {report['seconds']} s")
 
 
@@ -244,32 +247,51 @@ def show(node: NodeId, results: Results = Path("results")) -> None:
 
 @app.command(rich_help_panel=LOOK)
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="Id of a node, or its first digits.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one of the same stage.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="EXPERIMENT:ROW, EXPERIMENT, an id, or a path in results/.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What to compare it with.")],
     results: Results = Path("results"),
+    other: Annotated[Path | None, typer.Option("--other", help="The folder of results of B. [default: A's]")] = None,
 ) -> None:
-    """Print in what the configurations of two nodes differ, with everything they were made from."""
-    from espalier import lineage
+    """Say why two results differ: which keys of the configuration, at which stage, which code and machine.
+
+    espalier diff 'demo:naee 50 %' 'demo:reap 50 %'
+    """
+    from espalier import difference, difference_text
     from espalier.store import Store
 
-    print(lineage.diff(Store(results), a, b))
+    store = Store(results)
+    theirs = store if other is None else Store(other)
+    found = difference.compare(difference.resolve(store, a), difference.resolve(theirs, b))
+    difference_text.render(found)
 
 
 @app.command(rich_help_panel=LOOK)
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Delete them, not only list them.")] = False,
+    forget: Annotated[
+        list[str] | None, typer.Option("--forget", metavar="EXPERIMENT", help="Its tables are needed no more.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="List every file, not only the largest.")] = False,
     results: Results = Path("results"),
 ) -> None:
     """List artefacts that no experiment's newest table and no name in results/refs needs."""
-    from espalier import garbage
+    from espalier import conf, garbage
     from espalier.store import Store
 
     store = Store(results)
-    found = garbage.delete(store) if delete else garbage.find(store)
-    for item in found:
-        print(f"{item.size / 1e6:10.2f} MB  {item.path}  {item.what}")
+    found = garbage.delete(store, forget or []) if delete else garbage.find(store, forget or [])
+    found = sorted(found, key=lambda item: -item.size)
+    shown = found if every else found[:LISTED]
+    for item in shown:
+        print(f"{item.size / 1e6:10.2f} MB  {item.path}  {item.what}: {item.why}")
+    if len(found) > len(shown):
+        rest = sum(item.size for item in found[len(shown) :])
+        print(f"{rest / 1e6:10.2f} MB  {len(found) - len(shown)} smaller ones; --all lists them")
     what = "deleted" if delete else "not needed" + ("; --delete removes them" if found else "")
     print(f"{sum(item.size for item in found) / 1e6:10.2f} MB in {len(found)} files and folders {what}")
+    for name, size in garbage.kept_for(store, forget or []).items():
+        gone = "" if name in conf.names("experiment") else f", which conf/experiment has no more: --forget {name}"
+        print(f"{size / 1e6:10.2f} MB kept for {name}{gone}")
 
 
 @app.command(rich_help_panel=LOOK)
