@@ -151,6 +151,19 @@ def test_points_of_all_experiments_survive_hydras_grammar(experiment):
         assert list(points(override.value())) == [point]
 
 
+def test_points_with_named_values_survive_it_too():
+    sweep = [
+        {"as": "a name", "method.layers": {"early": [0, 1], "late, or so": [4]}, "zip": {"x.y": {"one": {"k": [1]}}}}
+    ]
+    sweep += [{"method": {"mine": "naee"}, "method.ratio": [0.25, 0.5], "list": [[1, 2]]}]
+    found = list(points(sweep))
+    assert len(found) == 4
+    for number, point in enumerate(found):
+        command = run_command("demo", {"points": found}, Store().root, [number])
+        (override,) = OverridesParser.create().parse_overrides([shlex.split(command)[-1]])
+        assert list(points(override.value())) == [point]
+
+
 NASTY = [
     "a'b",
     "back\\slash",

@@ -14,6 +14,9 @@ from espalier.sweep import AS, LABEL, NAMES, overrides_of
 Document = Mapping[str, Any]
 RESULTS = "results"  # where results lie if nobody says otherwise
 PLAIN = re.compile(r"[A-Za-z_][\w.-]*")  # what Hydra reads as a string without quotes
+KEY = re.compile(
+    r"[\w/+.$%*@?|()\[\]{}:=, -]+", re.ASCII
+)  # what a key of a mapping can be to Hydra, some of it escaped
 WORDS = ("true", "false", "null", "nan", "inf")  # but for these, in any case
 
 
@@ -84,8 +87,8 @@ def _block(point: Document) -> dict[str, Any]:
     """Return the block of a sweep that is this point alone, under the name that it has in the sweep."""
     names = point.get(NAMES, {})
     block: dict[str, Any] = {AS: point[LABEL]} if LABEL in point else {}
-    for key, value in overrides_of(point).items():
-        if key in names:
+    for key, value in overrides_of(dict(point)).items():
+        if KEY.fullmatch(names.get(key, "")):
             block[key] = {names[key]: value}
         else:
             block[key] = [value] if isinstance(value, list | dict) else value  # else each item were a value
@@ -99,7 +102,7 @@ def _results(root: Path) -> list[str]:
 def _grammar(value: Any) -> str:
     """Return a value as Hydra's grammar of overrides reads it."""
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_grammar(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ",".join(f"{_key(str(key))}:{_grammar(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ",".join(map(_grammar, value)) + "]"
     if isinstance(value, str):
@@ -107,6 +110,11 @@ def _grammar(value: Any) -> str:
             return value
         return "'" + _escaped(value) + "'"
     return json.dumps(value)
+
+
+def _key(text: str) -> str:
+    """Return a key of a mapping as Hydra's grammar reads it: it knows no quotes there."""
+    return re.sub(r"([()\[\]{}:=, ])", r"\\\1", text)
 
 
 def _escaped(text: str) -> str:
