@@ -65,6 +65,12 @@ class Cost:
     gpu: bool = False
     streamed: bool = False
 
+    def after(self, other: "Cost") -> "Cost":
+        """Return the cost of one job that does what `other` does first; what that writes goes when the job ends."""
+        both = {key: getattr(self, key) + getattr(other, key) for key in ("flops", "read", "written", "disk")}
+        most = {key: max(getattr(self, key), getattr(other, key)) for key in ("memory", "mapped", "gpu_memory")}
+        return replace(self, **both, **most)
+
     def seconds(self, hardware: Hardware, threads: int | None = None) -> float:
         return hardware.seconds(self.flops, self.read + self.written, gpu=self.gpu, threads=threads)
 

@@ -92,9 +92,12 @@ def forecast(experiment: str, overrides: list[str], results: Path, hardware: Har
     for node in expanded.nodes:
         document = store.read_node(node.id)
         add(store.read_node(document["made_by"]) if document["made_by"] else document)
-    reckoner = Reckoner(store, hardware, expanded.run["runtime"])
+    temporary = frozenset(expanded.run.get("temporary", ()))
+    reckoner = Reckoner(store, hardware, expanded.run["runtime"], temporary)
     stages = {stage: StageForecast(stage) for stage in ORDER}
     for job in jobs.values():
+        if job["id"] in temporary and not store.path(job).exists():
+            continue  # part of its score job
         row = stages[job["stage"]]
         row.jobs += 1
         if store.path(job).exists():

@@ -10,9 +10,11 @@ from espalier.checkpoint import Checkpoint
 from espalier.errors import UserError
 from espalier.kernel_settings import KernelBench
 from espalier.labels import row_label
+from espalier.running import Running
 from espalier.speed_settings import Timing
 from espalier.store import Node, Store, canonical, content_hash, digest, write_json
 from espalier.sweep import Composer, Config, Point, is_seed, is_shown, overrides_of, points
+from espalier.temporary import only_scored
 from espalier.tune_settings import Tuning
 
 COMPARED = 128  # likeliest tokens of the uncompressed model that a divergence tells apart; the others are one class
@@ -24,7 +26,7 @@ class Experiment:
 
     name: str
     nodes: tuple[Node, ...]
-    run: Config  # runtime and tracking: what jobs need to know beside their node
+    run: Config  # runtime, tracking, temporary checkpoints: what jobs need to know beside their node
 
     @property
     def target(self) -> Node:
@@ -62,6 +64,8 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
     report_config = {"experiment": experiment, "_run": how}
     builder.add(Node("report", report_config, (table, *dict.fromkeys(plans), *usage), experiment))
     run = {"runtime": base["runtime"], "tracking": base["tracking"]}
+    if Running.of(base["runtime"]).checkpoints == "temporary":
+        run["temporary"] = only_scored(builder.nodes.values())
     return Experiment(experiment, tuple(builder.nodes.values()), run)
 
 

@@ -4,17 +4,25 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from espalier.errors import UserError, nearest
+from espalier.orphans import cancel_orphans, job_prefix
+from espalier.partial import NO_LOCKS
 
 LOCK = ".run.lock"
+LIFE = 120.0  # seconds after which a run on another host that no longer renews its lock counts as gone
 
 
 def run(
@@ -40,7 +48,11 @@ def run(
     overrides = [*overrides, f"tracking={tracking}"] if tracking else list(overrides)
     root = project()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
-    command += ["--profile", str(_profile(root, profile))]
+    folder = _profile(root, profile)
+    command += ["--profile", str(folder)]
+    slurm = executor(folder) == "slurm"
+    if slurm:
+        command += ["--slurm-jobname-prefix", job_prefix(results)]
     if profile == "default" or cores is not None:
         command += ["--cores", str(cores or len(os.sched_getaffinity(0)))]
     config = [f"experiments={json.dumps([experiment])}", f"overrides={json.dumps(overrides)}", f"results={results}"]
@@ -50,6 +62,8 @@ def run(
         return _call([*command, "--dry-run", "--config", *config])
     service.check(expanded.run["tracking"])
     with run_lock(results, experiment) as descriptor:
+        if slurm:
+            cancel_orphans(results)
         if stale_lock(Path.cwd()):
             print("espalier: removing the lock that a killed run left behind", file=sys.stderr)
             _call([*command, "--unlock", "--config", *config], descriptor)
@@ -75,6 +89,14 @@ def _profile(root: Path, name: str) -> Path:
     return path
 
 
+def executor(profile: Path) -> str:
+    """Return what runs the jobs of a profile's folder: `local`, `slurm` or another of Snakemake's executors."""
+    import yaml
+
+    settings = yaml.safe_load((profile / "config.yaml").read_text()) or {}
+    return str(settings.get("executor", "local"))
+
+
 def tell_jobs(source: Path, runtime: str) -> None:
     """Set what jobs inherit from the main process, on this machine and through sbatch --export=ALL.
 
@@ -91,24 +113,57 @@ def run_lock(results: Path, experiment: str) -> Iterator[int]:
     """Hold the lock of a results folder and yield its file descriptor, which Snakemake inherits.
 
     The kernel drops it when the last process that holds it ends: no kill leaves it behind, and a Snakemake that
-    outlives its parent still has it. UserError when another run holds it.
+    outlives its parent still has it. Some shared file systems lock for one host only: there the file's time, which a
+    run renews, says that one on another host is alive. UserError when another run holds it.
     """
     results.mkdir(parents=True, exist_ok=True)
     path = results / LOCK
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            refused = _alive_elsewhere(file)
         except BlockingIOError:
+            refused = True
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            refused = _alive_elsewhere(file)
+        if refused:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             raise UserError(
-                f"{path}: another run is at work in {results} ({owner}). Wait for it, or give --results another folder."
-            ) from None
+                f"{path}: another run is at work in {results} ({owner}). Wait for it, or give --results another "
+                f"folder; one that was killed on another host counts as gone after {LIFE:.0f} s."
+            )
         file.truncate(0)
-        file.write(f"{experiment}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"{experiment}, process {os.getpid()} on {socket.gethostname()}, since {since}\n")
         file.flush()
         os.set_inheritable(file.fileno(), True)
-        yield file.fileno()
+        done = threading.Event()
+        threading.Thread(target=_renew, args=(file.fileno(), done), daemon=True).start()
+        try:
+            yield file.fileno()
+        finally:
+            done.set()
+            file.truncate(0)
+
+
+def _alive_elsewhere(file: TextIO) -> bool:
+    """Whether the lock's file names a run on another host that renewed it lately, by the file system's clock."""
+    file.seek(0)
+    owner = re.search(r" on (\S+), since ", file.read())
+    if owner is None or owner[1] == socket.gethostname():
+        return False
+    renewed = os.fstat(file.fileno()).st_mtime
+    with tempfile.TemporaryFile(dir=Path(file.name).parent) as now:
+        return os.fstat(now.fileno()).st_mtime - renewed < LIFE
+
+
+def _renew(descriptor: int, done: threading.Event) -> None:
+    while not done.wait(LIFE / 6):
+        with contextlib.suppress(OSError):
+            os.utime(descriptor)
 
 
 def stale_lock(directory: Path) -> bool:

@@ -1,6 +1,7 @@
 """From a job's node to its cost: the sizes of the model its parents lead to, its tokens, its settings."""
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from espalier.running import Running
 from espalier.sizes import Sizes, sizes_of_source
 from espalier.speed_settings import Timing
 from espalier.store import MODELS, Store
+from espalier.temporary import made_by
 from espalier.tune_cost import teacher_cost, tune_cost
 from espalier.tune_settings import Tuning
 
@@ -58,18 +60,21 @@ KNOWN_TASKS: dict[str, tuple[int, int, int]] = {
 class Reckoner:
     """The cost of each job of a results folder on `hardware` with the settings `runtime`.
 
-    `unknown` gathers what could not be known, in sentences; costs are 0 there.
+    `temporary`: ids of checkpoints that are made by the jobs that score them. `unknown` gathers what could not be
+    known, in sentences; costs are 0 there.
     """
 
-    def __init__(self, store: Store, hardware: Hardware, runtime: Document) -> None:
+    def __init__(self, store: Store, hardware: Hardware, runtime: Document, temporary: Collection[str] = ()) -> None:
         self.store, self.hardware, self.running = store, hardware, Running.of(runtime)
+        self.temporary = temporary
         self.unknown: set[str] = set()
         self._sizes: dict[str, Sizes | None] = {}
 
     def cost(self, job: Document) -> Cost:
         """Return the cost of a node that is made by a job of its own."""
-        made: Cost = getattr(self, f"_{job['stage']}", lambda job: Cost())(job)
-        return made
+        cost: Cost = getattr(self, f"_{job['stage']}", lambda job: Cost())(job)
+        checkpoint = made_by(job, self.store, self.temporary)
+        return cost if checkpoint is None else cost.after(self._apply(checkpoint))
 
     def known(self, job: Document) -> bool:
         """Whether the sizes of the job's model are known."""

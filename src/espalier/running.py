@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 WHERE = "conf/runtime"
 STREAM = ("auto", "always", "never")
+CHECKPOINTS = ("keep", "temporary")
 EXPERTS = ("auto", "eager", "grouped_mm", "batched_mm", "espalier")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -28,7 +30,8 @@ class Running:
     `experts`: how MoE blocks compute where a model scores or is timed; `auto` is Espalier's kernels on a processor and
     transformers' own choice on a GPU. `stream`: `auto` loads a model whole where it fits, else one decoder layer at a
     time. `activation_memory`, in bytes, bounds the hidden states that streaming keeps in memory; more go to a file
-    below `scratch` (default: the system's temporary directory). UserError for an unknown key or value.
+    below `scratch` (default: the system's temporary directory). `checkpoints`: `temporary` ones are made by the job
+    that scores them, below `scratch` too. UserError for an unknown key or value.
     """
 
     device: str
@@ -36,6 +39,7 @@ class Running:
     stream: str
     activation_memory: float
     scratch: Path | None
+    checkpoints: str
     collect_batch_size: int
     score_batch_size: int
     apply_workers: int
@@ -49,14 +53,11 @@ class Running:
         for key in values:
             if key not in known:
                 raise UserError(f"{WHERE}: unknown key {key!r}; {nearest(key, known)}.")
-        if values["stream"] not in STREAM:
-            raise UserError(f"{WHERE}: stream={values['stream']!r}; {nearest(str(values['stream']), list(STREAM))}.")
-        if values["experts"] not in EXPERTS:
-            raise UserError(
-                f"{WHERE}: experts={values['experts']!r}; {nearest(str(values['experts']), list(EXPERTS))}."
-            )
+        for key, allowed in (("stream", STREAM), ("experts", EXPERTS), ("checkpoints", CHECKPOINTS)):
+            if values[key] not in allowed:
+                raise UserError(f"{WHERE}: {key}={values[key]!r}; {nearest(str(values[key]), list(allowed))}.")
         values["activation_memory"] = byte_count(values["activation_memory"], "activation_memory")
-        values["scratch"] = Path(values["scratch"]) if values["scratch"] else None
+        values["scratch"] = Path(os.path.expandvars(values["scratch"])) if values["scratch"] else None
         return cls(**values)
 
     def torch_device(self) -> str:

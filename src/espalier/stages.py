@@ -3,11 +3,11 @@
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier import conf
+from espalier import conf, temporary
 from espalier.errors import UserError
 from espalier.partial import resumable_work
 from espalier.provenance import run_record
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Document = dict[str, Any]
 
+DOWNLOADS = ("fetch", "tokens")  # stages that may ask the hub; on a cluster they run where the main process does
 EVIDENCE = ("probe", "fit")  # stages whose artefact is statistics that a plan is made from
 
 
@@ -29,9 +30,17 @@ def run(node_id: str, store: Store) -> Path:
     if node["made_by"]:
         raise UserError(f"node {node_id} ({node['stage']}) is made by node {node['made_by']}: run that one.")
     artefact = store.path(node)
+    if "SLURM_JOB_ID" in os.environ and node["stage"] not in DOWNLOADS:
+        _stay_offline()
     with run_record(artefact, node, runtime=runtime(store)["runtime"]) as record:
         STAGES[node["stage"]](node, store, artefact, record)
     return artefact
+
+
+def _stay_offline() -> None:
+    """Let the hub's libraries, which look when they are imported, ask nobody: compute nodes have no network."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ.setdefault(name, "1")
 
 
 def runtime(store: Store) -> Document:
@@ -165,6 +174,11 @@ def _model(node: Document, store: Store) -> Document:
 
 
 def _apply(node: Document, store: Store, artefact: Path, record: Document) -> None:
+    record["apply"] = _write_checkpoint(node, store, artefact)
+
+
+def _write_checkpoint(node: Document, store: Store, out: Path) -> Document:
+    """Write the checkpoint that an `apply` node stands for to `out`, and return the facts of its making."""
     from espalier.apply import apply
     from espalier.plan import Plan
 
@@ -172,7 +186,7 @@ def _apply(node: Document, store: Store, artefact: Path, record: Document) -> No
     plan = Plan.load(store.path(plan_node))
     card = {"node": node["id"], "calibration": _calibration(plan_node, store)}
     workers = Running.of(runtime(store)["runtime"]).apply_workers
-    record["apply"] = apply(weights(node, store), plan, artefact, replace=True, card=card, workers=workers)
+    return apply(weights(node, store), plan, out, replace=True, card=card, workers=workers)
 
 
 def _calibration(plan_node: Document, store: Store) -> str | None:
@@ -236,13 +250,27 @@ def _score(node: Document, store: Store, artefact: Path, record: Document) -> No
 
     settings = runtime(store)
     running = Running.of(settings["runtime"])
-    with resumable_work(artefact, node["id"], replace=True):
+    with resumable_work(artefact, node["id"], replace=True), _scored(node, store, record) as directory:
         tasks, dtype = node["config"]["tasks"], node["config"]["dtype"]
         answers = {task: store.path(store.read_node(id)) for task, id in node["config"].get("answers", {}).items()}
-        document, samples = score(weights(node, store), tasks, running, dtype=dtype, answers=answers)
+        document, samples = score(directory, tasks, running, dtype=dtype, answers=answers)
         save_scores(artefact, document | {"node": node["id"]}, samples)
     with _tracked(node, store, settings) as tracker:
         tracker.log({name: result["value"] for name, result in document["tasks"].items()}, step=0)
+
+
+def _scored(node: Document, store: Store, record: Document) -> AbstractContextManager[Path]:
+    """The model directory that a score node is about: its parent's, or one made for as long as the context lasts."""
+    settings = runtime(store)
+    made = temporary.made_by(node, store, settings.get("temporary", ()))
+    if made is None:
+        return nullcontext(weights(node, store))
+    apply = made
+
+    def make(out: Path) -> None:
+        record["apply"] = _write_checkpoint(apply, store, out)
+
+    return temporary.checkpoint(made["id"], Running.of(settings["runtime"]).scratch, make)
 
 
 def _speed(node: Document, store: Store, artefact: Path, record: Document) -> None:
@@ -307,7 +335,8 @@ def link_names(node: Document, store: Store) -> None:
         if row["plan"]:
             seed = "" if row["seed"] is None else f" seed {row['seed']}"
             name = (row["label"] + seed).replace(" %", "%").replace(" + ", "+").replace(" ", "-").replace("/", "_")
-            targets[f"checkpoints/{name}"] = store.path(row["weights"])
+            if store.path(row["weights"]).exists():
+                targets[f"checkpoints/{name}"] = store.path(row["weights"])
     for name, target in targets.items():
         link = refs / name
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(workflow.basedir) / "src"
 sys.path.insert(0, str(SOURCE))
 
-from espalier import stages
+from espalier import stages, temporary
 from espalier.hardware import Hardware
 from espalier.job_requests import Requests
 from espalier.store import Store
@@ -22,25 +22,35 @@ wildcard_constraints:
 
 def reports(wildcards):
     """The report of each experiment. Only the main process composes; jobs read the nodes that it wrote."""
+    from dataclasses import replace
+
     from espalier.graph import expand, save, save_run
     from espalier.launch import tell_jobs
 
     if not workflow.is_main_process:
         raise RuntimeError("a job asked for the whole experiment; jobs read their node only")
     STORE.dry = workflow.dryrun
-    targets = []
-    for name in config["experiments"]:
-        experiment = expand(name, config["overrides"], STORE)
-        targets.append(STORE.path(save(experiment, STORE)))
-        RUN["runtime"] = experiment.run["runtime"]
-        tell_jobs(SOURCE, save_run(experiment, STORE))
+    experiments = [expand(name, config["overrides"], STORE) for name in config["experiments"]]
+    targets = [STORE.path(save(experiment, STORE)) for experiment in experiments]
+    last = experiments[-1]
+    RUN["settings"] = dict(last.run)
+    if "temporary" in last.run:  # what one experiment only scores, another may read
+        RUN["settings"]["temporary"] = temporary.only_scored({n.id: n for e in experiments for n in e.nodes}.values())
+    tell_jobs(SOURCE, save_run(replace(last, run=RUN["settings"]), STORE))
     return list(map(str, targets))
+
+
+def settings():
+    """The settings of the run, which jobs read from the file that the main process wrote."""
+    if "settings" not in RUN:
+        RUN["settings"] = stages.runtime(STORE)
+    return RUN["settings"]
 
 
 def parents(wildcards):
     """The artefacts that a node is made from."""
-    paths = map(STORE.path, STORE.read_node(wildcards.id)["parents"])
-    return list(dict.fromkeys(map(str, paths)))
+    paths = temporary.inputs(STORE.read_node(wildcards.id), STORE, settings().get("temporary", ()))
+    return list(map(str, paths))
 
 
 def label(wildcards):
@@ -60,9 +70,20 @@ def asks(resource):
     """The function that says how much of a resource a job asks for, from its node and the machine it will run on."""
 
     def ask(wildcards, threads, attempt):
-        if "requests" not in RUN:
-            runtime = RUN.get("runtime") or stages.runtime(STORE)["runtime"]
-            RUN["requests"] = Requests(STORE, Hardware.load(config["hardware"]), runtime)
-        return RUN["requests"].of(wildcards.id, threads, attempt)[resource]
+        return requests().of(wildcards.id, threads, attempt)[resource]
 
     return ask
+
+
+def requests():
+    if "requests" not in RUN:
+        run = settings()
+        temporaries, packs = frozenset(run.get("temporary", ())), workflow.group_settings.group_components
+        machine, memory = Hardware.load(config["hardware"]), float(config["memory"])
+        RUN["requests"] = Requests(STORE, machine, run["runtime"], temporaries, packs, memory)
+    return RUN["requests"]
+
+
+def pack(wildcards):
+    """The pack of small jobs that a job goes into, if the profile has one (`group-components`)."""
+    return requests().pack(wildcards.id)

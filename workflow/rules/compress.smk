@@ -1,3 +1,7 @@
+localrules:
+    tokens, # it may read a data set of the hub
+
+
 rule tokens:
     input:
         parents,
@@ -81,7 +85,10 @@ rule plan:
         f"{RESULTS}/logs/plan/{{id}}.log",
     conda:
         "../../environment.yml"
+    group:
+        pack
     resources:
+        abreast=1, # of a pack: the profile says how many may run at once
         mem_mb=asks("mem_mb"),
         runtime=asks("runtime"),
         disk_mb=asks("disk_mb"),
@@ -105,7 +112,10 @@ rule apply:
         f"{RESULTS}/logs/apply/{{id}}.log",
     conda:
         "../../environment.yml"
+    group:
+        pack
     resources:
+        abreast=1, # of a pack: the profile says how many may run at once
         mem_mb=asks("mem_mb"),
         runtime=asks("runtime"),
         disk_mb=asks("disk_mb"),

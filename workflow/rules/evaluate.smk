@@ -7,11 +7,15 @@ rule score:
         f"{RESULTS}/logs/score/{{id}}.log",
     conda:
         "../../environment.yml"
+    group:
+        pack
     resources:
+        abreast=1, # of a pack: the profile says how many may run at once
         mem_mb=asks("mem_mb"),
         runtime=asks("runtime"),
         disk_mb=asks("disk_mb"),
         gpu=asks("gpu"),
+        checkpoints=asks("checkpoints"), # temporary ones, which exist while their job runs
     message:
         "score {wildcards.id}: {params.label} ({resources.mem_mb} MB, {resources.runtime} min)"
     params:
