@@ -3,7 +3,8 @@
 #   tests/slurm_up.sh up DIR      install what is missing, start, and wait until the node is idle
 #   tests/slurm_up.sh down DIR    end the three processes that `up` started, and take its configuration away
 # GPUS=2 tests/slurm_up.sh up DIR pretends that the node has two GPUs.
-# Needs root, and exits with 3 and one line where Slurm cannot be installed. It keeps no accounts and bounds no memory.
+# Needs root, and exits with 3 and one line where Slurm cannot be installed. It keeps no accounts. A job that takes more
+# memory than it asked for is killed within a second or two.
 set -euo pipefail
 
 COMMAND=${1:?up or down} DIR=$(realpath -m "${2:?a folder}")
@@ -65,7 +66,9 @@ SlurmctldLogFile=$DIR/log/slurmctld.log
 SlurmdLogFile=$DIR/log/slurmd.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=1
+JobAcctGatherParams=OverMemoryKill
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 MpiDefault=none

@@ -52,6 +52,8 @@ class Requests:
 
         Small is what is predicted to take less than two minutes on one core, or on the GPU.
         """
+        if not self.packs:
+            return None
         job = self.store.read_node(id)
         name = f"small_{job['stage']}"
         if job["stage"] not in PACKED or name not in self.packs:
@@ -68,13 +70,16 @@ class Requests:
         predicted, at least 30 minutes, in a pack 5. The second attempt gets twice as much of both, the third three
         times.
         """
-        cost, job = self._reckoned(id), self.store.read_node(id)
-        checkpoints = int(made_by(job, self.store, self.reckoner.temporary) is not None)
+        cost, temporary = self._reckoned(id), self.reckoner.temporary
+        checkpoints = int(bool(temporary) and made_by(self.store.read_node(id), self.store, temporary) is not None)
         if cost is None:
             gpu = int(self.hardware.gpu(self.reckoner.running.device))
             asked = {key: value * attempt for key, value in UNKNOWN.items()}
             asked["mem_mb"] = math.ceil(self.memory * asked["mem_mb"])
-            return asked | {"gpu": gpu if job["stage"] in COMPUTING else 0, "checkpoints": checkpoints}
+            return asked | {
+                "gpu": gpu if self.store.read_node(id)["stage"] in COMPUTING else 0,
+                "checkpoints": checkpoints,
+            }
         least = LEAST_PACKED_MINUTES if self.pack(id) else LEAST_MINUTES
         minutes = TIME_MARGIN * cost.seconds(self.hardware, threads) / 60
         memory = (MEMORY_MARGIN * cost.memory + cost.mapped) / 1e6 + MEMORY_MORE_MB
