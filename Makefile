@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: env demo results test newcomer lint format docs clean
+.PHONY: env demo results test slurm newcomer lint format docs clean
 
 env: $(STAMP)
 
@@ -39,6 +39,10 @@ test: env
 # A fresh clone of what is committed, with an environment of its own, runs what README and docs tell a reader to run.
 newcomer:
 	$(PYTHON) tests/newcomer.py
+
+# The demo through a real Slurm of one node, which it brings up (as root, from Debian's packages) and takes away again.
+slurm: env
+	$(BIN)/python tests/slurm_demo.py
 
 lint: env
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ Its table must be that of a local run. Exits with 3 where no Slurm can be brough
 """
 
 import argparse
+import csv
+import io
 import json
 import os
 import random
@@ -30,8 +32,8 @@ OVERRIDES = [
     "calibration.samples=8",
     "sweep=[{method: none},{method: [reap, hc_smoe], method.ratio: 0.5},{method: naee_skip}]",
 ]
-# What a run's own time and place change: the runs' records, and the seconds that plans took.
-TIMED = ("runs", "plan_seconds")
+# What comes from the runs' records: the seconds that plans took, and the commit, which may change meanwhile.
+RECORDED = ("runs", "plan_seconds", "commit", "dirty")
 
 
 class Demo:
@@ -49,7 +51,7 @@ class Demo:
     def prepare(self) -> None:
         """Copy what a run reads, and cut the profile to this node: two cores, no accounting, and a look every 3 s."""
         for name in ("conf", "workflow"):
-            shutil.copytree(ROOT / name, self.project / name)
+            shutil.copytree(ROOT / name, self.project / name, dirs_exist_ok=True)
         for name in ("Snakefile", "environment.yml"):
             shutil.copy(ROOT / name, self.project)
         path = self.project / "workflow/profiles/slurm/config.yaml"
@@ -77,6 +79,7 @@ class Demo:
         )
 
     def log(self, results: str) -> str:
+        """What a run has said so far."""
         return (self.folder / f"{results}.log").read_text()
 
     def finish(self, run: subprocess.Popen[bytes], results: str) -> None:
@@ -118,7 +121,7 @@ class Demo:
         self.say(f"a second run is refused: {second.stderr.strip()[:110]} ...")
 
         self.wait_for("a job after it", run, lambda: bool(self.squeue("RUNNING")))
-        time.sleep(self.draw.uniform(0, 6))
+        time.sleep(self.draw.uniform(0, 2))
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         left = self.squeue("PENDING,RUNNING")
@@ -171,10 +174,14 @@ def timeless(name: str, text: str) -> object:
 
         def strip(value):
             if isinstance(value, dict):
-                return {key: strip(part) for key, part in value.items() if key not in TIMED}
+                return {key: strip(part) for key, part in value.items() if key not in RECORDED}
             return [strip(part) for part in value] if isinstance(value, list) else value
 
         return json.dumps(strip(json.loads(text)))
+    if name == "table.csv":
+        rows = list(csv.reader(io.StringIO(text)))
+        kept = [n for n, column in enumerate(rows[0]) if column not in RECORDED]
+        return [[row[n] for n in kept] for row in rows]
     if name != "table.md":
         return text
     lines = [line.split("|") for line in text.splitlines()]

@@ -8,8 +8,10 @@ import time
 import pytest
 
 from children import context
-from espalier import launch, orphans
+from espalier import launch, orphans, stages
 from espalier.errors import UserError
+from espalier.prefetch import prefetch
+from espalier.store import Node, Store
 
 
 def _race(folder, barrier, inside, overlaps, refused):
@@ -106,3 +108,40 @@ def test_slurm_that_does_not_answer_is_one_line(slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="squeue: not found"):
         orphans.cancel_orphans(tmp_path / "results")
+
+
+def test_prefetch_brings_models_texts_and_tasks(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("espalier.hub.data_file", lambda *names: asked.append(names) or tmp_path)
+    monkeypatch.setattr("espalier.score._load", lambda name: asked.append(name))
+    commit = "0" * 40
+    overrides = [
+        "calibration=c4_32x2048",
+        f"calibration.revision={commit}",
+        "evaluation.tasks=[perplexity_wiki,boolq,boolq_local]",
+        "sweep=[{method: none},{method: reap, method.ratio: 0.5}]",
+    ]
+    said = []
+    prefetch("demo", overrides, tmp_path / "results", said.append)
+    assert ("allenai/c4", commit, "en/c4-train.00000-of-01024.json.gz") in asked
+    assert {"boolq", "boolq_local"} <= set(asked)
+    assert "perplexity_wiki" not in asked  # its text is in the package
+    assert [line.split()[0] for line in said] == ["model", "text", "task", "task", "task"]
+    assert not (tmp_path / "results/nodes").exists()
+
+
+def test_jobs_of_slurm_stay_offline_and_downloads_do_not(tmp_path, monkeypatch):
+    store, seen = Store(tmp_path), {}
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for stage in ("fetch", "tokens", "score"):
+        node = Node(stage, {"of": stage})
+        store.write_node(node)
+        monkeypatch.setitem(
+            stages.STAGES, stage, lambda n, *_: seen.update({n["stage"]: os.environ.get("HF_HUB_OFFLINE")})
+        )
+        stages.run(node.id, store)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
+    assert seen == {"fetch": None, "tokens": None, "score": "1"}

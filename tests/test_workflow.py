@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -119,8 +120,8 @@ def test_a_change_schedules_what_it_must(project):
     assert jobs(project, "runtime.score_batch_size=1", "tracking=offline") == {}
 
 
-def start(project, results="results"):
-    command = [sys.executable, "-m", "espalier", "run", "mine", "--cores", "2", "--results", results]
+def start(project, results="results", *overrides):
+    command = [sys.executable, "-m", "espalier", "run", "mine", *overrides, "--cores", "2", "--results", results]
     output = (project / f"{results}.log").open("w")
     return subprocess.Popen(command, cwd=project, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -149,38 +150,52 @@ def wait_for(project, pattern, run):
 def test_killed_and_edited_runs_end_with_the_same_table(project):
     sweep = "{method: [reap, hc_smoe], method.ratio: 0.5}"
     write_experiment(project, sweep)
+    begun = time.monotonic()
     run = start(project, "clean")
     wait_for(project, "clean/plans/*.json", run)
     # While it runs: conf/ is edited and a dry run of something else starts.
     write_experiment(project, "{method: reap, method.ratio: 0.25}", calibration=3)
     assert jobs(project, "--results", "clean")["plan"] == 1
     finish(run, project, "clean")
+    seconds = time.monotonic() - begun
     write_experiment(project, sweep)
     assert jobs(project, "--results", "clean") == {}
     rows = table(project, "clean").splitlines()
     assert len(rows) > 3
 
-    run = start(project)
-    wait_for(project, "results/checkpoints/*/plan.json", run)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    assert not (project / "results/refs").exists()
+    # The same with checkpoints in scratch, killed with all of its jobs at random moments, three times.
+    draw, scratch, kills = random.Random(0), project / "scratch", 0
+    options = ("runtime.checkpoints=temporary", f"runtime.scratch={scratch}")
+    for _ in range(3):
+        run = start(project, "results", *options)
+        try:
+            run.wait(draw.uniform(0.1, 0.7) * seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            kills += 1
+        run.wait()
+    assert kills >= 2
     done = {path: path.stat().st_mtime_ns for path in (project / "results/plans").glob("*.json")}
-    run = start(project)
+    run = start(project, "results", *options)
     finish(run, project)
     assert table(project) == table(project, "clean")
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in done.items() if ".run" not in path.name)
+    assert not list((project / "results/checkpoints").glob("*"))
+    assert not list(scratch.iterdir())  # those of the jobs that were killed too
+    refs = project / "results/refs/mine"
+    assert not (refs / "checkpoints").exists()
+    assert (refs / "report.html").exists()
 
     # Every artefact has its run record, and names lead to artefacts.
-    store = Store(project / "results")
+    store = Store(project / "clean")
     for stage in ("stats", "plans", "checkpoints", "scores", "tables", "reports"):
         for record in (store.root / stage).glob("*.run.json"):
             facts = json.loads(record.read_text())
             assert facts["seconds"] > 0
             assert facts["versions"]["torch"]
             assert facts["peak_rss_bytes"] > 1e6
-    assert (project / "results/refs/mine/checkpoints/reap-50%/config.json").exists()
-    page = (project / "results/refs/mine/report.html").read_text()
+    assert (project / "clean/refs/mine/checkpoints/reap-50%/config.json").exists()
+    page = (project / "clean/refs/mine/report.html").read_text()
     assert "espalier run mine &#x27;sweep=[{method:none},{method:reap,method.ratio:0.5}]&#x27;" in page
     assert "Dendrograms and heat maps of the layers for hc_smoe 50 %." in page
 
@@ -195,7 +210,7 @@ def test_killed_and_edited_runs_end_with_the_same_table(project):
 def snakemake_report(project):
     """Snakemake's report of the finished run, made where no host can be reached."""
     command = [sys.executable, "-m", "snakemake", "--profile", "workflow/profiles/default", "--cores", "1", "--report",
-               "run.html", "--config", "experiments=[mine]"]  # fmt: skip
+               "run.html", "--config", "experiments=[mine]", "results=clean"]  # fmt: skip
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     run = subprocess.run(command, cwd=project, capture_output=True, text=True, env=os.environ | nowhere)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -204,6 +204,19 @@ def run(
 
 
 @app.command(rich_help_panel=PIPELINE)
+def prefetch(
+    experiment: Annotated[str, typer.Argument(help="A name of conf/experiment.")],
+    overrides: Overrides = None,
+    *,
+    results: Results = Path("results"),
+) -> None:
+    """Download the models, texts and tasks' data of an experiment, so that its jobs need no network."""
+    from espalier.prefetch import prefetch as run
+
+    run(experiment, overrides or [], results, print)
+
+
+@app.command(rich_help_panel=PIPELINE)
 def estimate(
     name: Annotated[str, typer.Argument(help="An experiment, a model of conf/model, or a model directory.")],
     overrides: Overrides = None,

@@ -271,6 +271,13 @@ def _language_model(
     return SharedContextLM(model, tokenizer, running.score_batch_size, progress)
 
 
+def fetch_data(task: str) -> None:
+    """Bring the data of a task to this machine's cache, so that it can be scored without a network; UserError."""
+    if not _measured([{"task": task}]):
+        with _quiet():
+            _load(task)
+
+
 def _load(name: str) -> Document:
     """Load a task or group; lm-eval's own 14,000 task files are indexed only when one of them is asked for."""
     from lm_eval.tasks import TaskManager

@@ -35,7 +35,7 @@ rule speed:
         f"{RESULTS}/logs/speed/{{id}}.log",
     conda:
         "../../environment.yml"
-    threads: workflow.cores or 1 # so that nothing runs beside it
+    threads: workflow.resource_settings.cores or 1 # so that nothing runs beside it; None on a cluster
     resources:
         mem_mb=asks("mem_mb"),
         runtime=asks("runtime"),
