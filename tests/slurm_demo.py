@@ -2,11 +2,12 @@
 
     python tests/slurm_demo.py [--seed N] [--keep] [DIR]
 
-Its table must be that of a local run. Exits with 3 where no Slurm can be brought up (tests/slurm_up.sh says why).
+Its table must be that of a local run; leave the source tree alone meanwhile, since a table says whether it was clean. Exits with 3 where no Slurm can be brought up (tests/slurm_up.sh says why).
 """
 
 import argparse
 import csv
+import difflib
 import io
 import json
 import os
@@ -62,8 +63,9 @@ class Demo:
         path.write_text(yaml.safe_dump(profile))
 
     def machine(self, memory: float) -> None:
+        """Say what the nodes are, with GPUs to ask for, and how much of the memory that jobs need they ask for."""
         path = self.project / "workflow/profiles/slurm/machine.yaml"
-        path.write_text(f"hardware: here\nmemory: {memory}\n")
+        path.write_text(f"hardware: a100_80gb\nmemory: {memory}\n")
 
     def run(self, results: str, *options: str) -> subprocess.Popen[bytes]:
         """Start `espalier run demo`; what it says goes to a file beside its results."""
@@ -106,12 +108,16 @@ class Demo:
         self.finish(self.run("local", "--cores", str(len(os.sched_getaffinity(0)))), "local")
 
         self.say("on Slurm, where jobs ask for too little memory at first")
-        self.machine(0.25)
+        self.machine(0.17)
         run = self.on_slurm()
         self.wait_for("the calibration pass", run, lambda: any((self.project / "slurm/stats").glob("*.safetensors")))
+        before = self.squeue("RUNNING")
         asked = [int(mb) for mb in re.findall(r"collect \w+: .*\((\d+) MB", self.log("slurm"))]
         self.say(f"the calibration pass asked for {asked} MB, attempt by attempt")
         check(len(asked) > 1 and asked == sorted(set(asked)), f"no attempt was killed for memory: {asked}")
+
+        shown = subprocess.run(["scontrol", "show", "job"], env=self.environment, capture_output=True, text=True).stdout
+        check(re.search(r"gres[:/]gpu[:=]1", shown) is not None, f"no job asked for a GPU:\n{shown}")
 
         second = subprocess.run(
             [sys.executable, "-m", "espalier", "run", "demo", *OVERRIDES, "--results", "slurm", "--profile", "slurm"],
@@ -120,7 +126,7 @@ class Demo:
         check(second.returncode == 2 and len(second.stderr.splitlines()) == 1, f"two runs at once: {second.stderr}")
         self.say(f"a second run is refused: {second.stderr.strip()[:110]} ...")
 
-        self.wait_for("a job after it", run, lambda: bool(self.squeue("RUNNING")))
+        self.wait_for("a job after it", run, lambda: bool(set(self.squeue("RUNNING")) - set(before)))
         time.sleep(self.draw.uniform(0, 2))
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
@@ -145,7 +151,8 @@ class Demo:
         local, slurm = (self.project / results / "refs/demo" for results in ("local", "slurm"))
         for name in ("table.csv", "table.tex", "table.md", "table.json"):
             one, other = ((folder / name).read_text() for folder in (local, slurm))
-            check(timeless(name, one) == timeless(name, other), f"{name} differs:\n{one}\n{other}")
+            difference = "\n".join(difflib.unified_diff(one.splitlines(), other.splitlines(), "local", "slurm"))
+            check(timeless(name, one) == timeless(name, other), f"{name} differs:\n{difference}")
         jobs = [json.loads(path.read_text()) for path in (self.project / "slurm").glob("*/*.run.json")]
         ids = {record["slurm_job"] for record in jobs} - {None}
         check(len(ids) >= 3, f"jobs of Slurm made what there is: {ids}")
@@ -207,7 +214,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="espalier-slurm-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    up = subprocess.run([str(UP), "up", str(folder / "slurm")])
+    up = subprocess.run([str(UP), "up", str(folder / "slurm")], env=os.environ | {"GPUS": "2"})
     if up.returncode:
         print("slurm_demo: NOT TRIED, there is no Slurm here", file=sys.stderr)
         raise SystemExit(up.returncode)
