@@ -2,7 +2,8 @@
 
     python tests/slurm_demo.py [--seed N] [--keep] [DIR]
 
-Its table must be that of a local run; leave the source tree alone meanwhile, since a table says whether it was clean. Exits with 3 where no Slurm can be brought up (tests/slurm_up.sh says why).
+Its table must be that of a local run. Leave the source tree alone meanwhile: a table says whether it was clean.
+Exits with 3 where no Slurm can be brought up (tests/slurm_up.sh says why).
 """
 
 import argparse
