@@ -80,7 +80,7 @@ MinJobAge=300
 KillWait=5
 SlurmdParameters=config_overrides
 ${gpus:+GresTypes=gpu}
-NodeName=$HOST NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory $gpus State=UNKNOWN
+NodeName=$HOST NodeAddr=127.0.0.1 CPUs=$(getconf _NPROCESSORS_ONLN) RealMemory=$memory $gpus State=UNKNOWN
 PartitionName=main Nodes=$HOST Default=YES MaxTime=INFINITE State=UP
 CONF
 }

@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 
 import pytest
 
-from espalier import conf, graph, sources
+from espalier import conf, forecast, graph, sources
 from espalier.estimate import Cost
 from espalier.hardware import Hardware
 from espalier.job_requests import Requests
@@ -108,3 +108,14 @@ def test_a_score_job_asks_for_the_checkpoint_that_it_makes(demo):
         apply = jobs[id]["parents"][0]
         assert made.of(id)["disk_mb"] >= kept.of(apply)["disk_mb"]
         assert made.of(id)["mem_mb"] >= max(kept.of(apply)["mem_mb"], kept.of(id)["mem_mb"])
+
+
+def test_an_estimate_counts_temporary_checkpoints_once(tmp_path):
+    kept, made = (
+        forecast.forecast("demo", [f"runtime.checkpoints={how}"], tmp_path, FAST) for how in ("keep", "temporary")
+    )
+    assert made.stages["apply"].jobs == 2  # those that naee_skip goes on from
+    assert kept.stages["apply"].jobs - made.stages["apply"].jobs == kept.stages["score"].jobs - 3
+    assert made.total.written == pytest.approx(kept.total.written)
+    largest = kept.stages["apply"].cost.kept / kept.stages["apply"].jobs
+    assert made.total.disk < kept.total.disk - 10 * largest
