@@ -406,5 +406,10 @@ def test_only_a_stale_lock_of_snakemake_is_removed(calls, capsys, tmp_path):
     finally:
         by_hand.kill()
         by_hand.wait()
-    main(capsys, "run", "mine")
-    assert ["--unlock" in command for command, _ in calls] == [False, True, False]
+    job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "snakemake", "--nolock"], cwd=tmp_path)
+    try:
+        main(capsys, "run", "mine")
+        assert ["--unlock" in command for command, _ in calls] == [False, True, False]  # a cluster's job holds no lock
+    finally:
+        job.kill()
+        job.wait()

@@ -169,7 +169,8 @@ def _renew(descriptor: int, done: threading.Event) -> None:
 def stale_lock(directory: Path) -> bool:
     """Whether Snakemake's own lock lies in `directory` and no Snakemake works there on this machine.
 
-    Call it while holding the run lock: what remains to be looked for is a `snakemake` started by hand.
+    Call it while holding the run lock: what remains to be looked for is a `snakemake` started by hand. Jobs of a cluster
+    are processes of Snakemake too, but do without the lock.
     """
     locks = directory / ".snakemake" / "locks"
     if not locks.is_dir() or not any(locks.iterdir()):
@@ -179,7 +180,8 @@ def stale_lock(directory: Path) -> bool:
     for process in psutil.process_iter(["cmdline", "cwd"]):
         words = [Path(word).name for word in process.info["cmdline"] or [] if word]
         here = process.info["cwd"] and Path(process.info["cwd"]) == directory.resolve()
-        if here and "snakemake" in words and process.pid != os.getpid():
+        holds = "snakemake" in words and "--nolock" not in words
+        if here and holds and process.pid != os.getpid():
             return False
     return True
 
