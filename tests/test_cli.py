@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,7 +348,7 @@ def calls(tmp_path, monkeypatch):
     return found
 
 
-def test_run_hands_over_to_snakemake(calls, capsys, tmp_path):
+def test_run_hands_over_to_snakemake(calls, capsys, tmp_path, monkeypatch):
     command = ["run", "mine", "calibration.samples=2", "--cores", "2", "--results", "elsewhere"]
     assert main(capsys, *command)[0] == 0
     ((command, lock),) = calls
@@ -356,8 +357,12 @@ def test_run_hands_over_to_snakemake(calls, capsys, tmp_path):
     settings = command[command.index("--config") + 1 :]
     assert settings == ['experiments=["mine"]', 'overrides=["calibration.samples=2"]', "results=elsewhere"]
     assert lock is not None
+    cancelled = []
+    monkeypatch.setattr(launch, "cancel_orphans", cancelled.append)
     main(capsys, "run", "mine", "--profile", "slurm")
+    assert cancelled == [Path("results")]
     assert "--cores" not in calls[1][0]
+    assert calls[1][0][calls[1][0].index("--slurm-jobname-prefix") + 1].startswith("espalier-")
     assert any(word.endswith("workflow/profiles/slurm") for word in calls[1][0])
 
 

@@ -169,8 +169,8 @@ def _renew(descriptor: int, done: threading.Event) -> None:
 def stale_lock(directory: Path) -> bool:
     """Whether Snakemake's own lock lies in `directory` and no Snakemake works there on this machine.
 
-    Call it while holding the run lock: what remains to be looked for is a `snakemake` started by hand. Jobs of a cluster
-    are processes of Snakemake too, but do without the lock.
+    Call it while holding the run lock: what remains to be looked for is a `snakemake` started by hand. Jobs of a
+    cluster are processes of Snakemake too, but do without the lock.
     """
     locks = directory / ".snakemake" / "locks"
     if not locks.is_dir() or not any(locks.iterdir()):
