@@ -1,6 +1,6 @@
 # The pipeline: tokens, collect, plan, apply, score, table, report. Run it with `espalier run EXPERIMENT`, or:
 #   snakemake --profile workflow/profiles/default --cores 2 --config 'experiments=[demo]'
-configfile: "workflow/config.yaml"
+configfile: f"{workflow.basedir}/workflow/config.yaml"
 
 
 include: "workflow/rules/common.smk"

@@ -230,6 +230,15 @@ def test_a_second_run_on_the_same_results_is_refused(project):
     assert len(run.stderr.strip().splitlines()) == 1
 
 
+def test_a_run_in_another_folder_takes_the_projects_workflow(tmp_path):
+    """As in a container, where the project lies elsewhere."""
+    command = [sys.executable, "-m", "espalier", "run", "demo", "sweep=[{method: none}]", "-n", "--profile", "slurm"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "score" in run.stdout + run.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_workflow_lints():
     command = [sys.executable, "-m", "snakemake", "--lint"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -22,6 +22,7 @@ from espalier.orphans import cancel_orphans, job_prefix
 from espalier.partial import NO_LOCKS
 
 LOCK = ".run.lock"
+MACHINE = "machine.yaml"  # of a profile: what its nodes are
 LIFE = 120.0  # seconds after which a run on another host that no longer renews its lock counts as gone
 
 
@@ -50,6 +51,8 @@ def run(
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
     folder = _profile(root, profile)
     command += ["--profile", str(folder)]
+    if (folder / MACHINE).is_file():
+        command += ["--configfile", str(folder / MACHINE)]
     slurm = executor(folder) == "slurm"
     if slurm:
         command += ["--slurm-jobname-prefix", job_prefix(results)]
