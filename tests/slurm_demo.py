@@ -32,7 +32,7 @@ OVERRIDES = [
     "evaluation.limit=10",
     "evaluation.tasks=[perplexity_maths,maths_choice]",
     "calibration.samples=8",
-    "sweep=[{method: none},{method: [reap, hc_smoe], method.ratio: 0.5},{method: naee_skip}]",
+    "sweep=[{method: none},{method: reap, method.ratio: 0.5},{method: naee_skip}]",
 ]
 # What comes from the runs' records: the seconds that plans took, and the commit, which may change meanwhile.
 RECORDED = ("runs", "plan_seconds", "commit", "dirty")
