@@ -169,7 +169,7 @@ def test_killed_and_edited_runs_end_with_the_same_table(project):
     for _ in range(3):
         run = start(project, "results", *options)
         try:
-            run.wait(draw.uniform(0.1, 0.7) * seconds)
+            run.wait(draw.uniform(0.05, 0.3) * seconds)
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             kills += 1
