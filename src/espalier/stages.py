@@ -340,10 +340,10 @@ def link_names(node: Document, store: Store) -> None:
     for name, target in targets.items():
         link = refs / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        temporary = link.with_name(f".{link.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(os.path.relpath(target, link.parent))
-        temporary.replace(link)
+        hidden = link.with_name(f".{link.name}.tmp")
+        hidden.unlink(missing_ok=True)
+        hidden.symlink_to(os.path.relpath(target, link.parent))
+        hidden.replace(link)
 
 
 STAGES: dict[str, Callable[[Document, Store, Path, Document], None]] = {
