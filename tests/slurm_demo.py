@@ -89,9 +89,11 @@ class Demo:
         code = run.wait(900)
         check(code == 0, f"the {results} run ended with {code}:\n{self.log(results)[-6000:]}")
 
-    def squeue(self, state: str) -> list[str]:
-        command = ["squeue", "--noheader", f"--states={state}", "--format=%A"]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stdout.split()
+    def squeue(self, state: str, rule: str = "") -> list[str]:
+        """The ids of the jobs in a state, or of those of a rule."""
+        command = ["squeue", "--noheader", f"--states={state}", "--format=%A %k"]
+        lines = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stdout
+        return [line.split()[0] for line in lines.splitlines() if rule in line]
 
     def wait_for(self, what: str, run: subprocess.Popen[bytes], done) -> None:
         """Wait until `done()` is true while the run is at work."""
@@ -135,16 +137,20 @@ class Demo:
         self.say(f"the main process is killed; in the queue stay {left}")
 
         self.machine(1.0)
-        scores = self.project / "slurm/scores"
         run = self.on_slurm()
-        self.wait_for("a job that scores", run, lambda: scores.is_dir() and bool(self.squeue("RUNNING")))
-        time.sleep(self.draw.uniform(0, 6))
-        cancelled = self.squeue("RUNNING")[:1]
+        cancelled: list[str] = []
+        while not cancelled:
+            self.wait_for("a job that scores", run, lambda: bool(self.squeue("RUNNING", "score")))
+            time.sleep(self.draw.uniform(0, 4))
+            cancelled = self.squeue("RUNNING", "score")[:1]
         subprocess.run(["scancel", *cancelled], env=self.environment, check=True)
         self.say(f"resumed; job {cancelled} is cancelled")
         self.finish(run, "slurm")
         check(not left or "cancelling" in self.log("slurm"), "the killed run's jobs were not cancelled")
-        check(not cancelled or "Trying to restart" in self.log("slurm"), "the cancelled job was not tried again")
+        check(
+            "Trying to restart" in self.log("slurm").rpartition("Building DAG")[2],
+            "the cancelled job was not tried again",
+        )
         self.compare()
 
     def compare(self) -> None:
