@@ -4,6 +4,7 @@ VENV ?= .venv
 CORES ?= $(shell nproc)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PAPERS ?= $(sort $(notdir $(basename $(shell grep -l 'file: paper/' conf/experiment/*.yaml))))
 
 # One thread a process: the workflow and the tests run one process a core.
 export OMP_NUM_THREADS ?= 1
@@ -11,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: env demo results test slurm newcomer lint format docs clean
+.PHONY: env demo results papers papers-check test slurm newcomer lint format docs clean
 
 env: $(STAMP)
 
@@ -32,6 +33,17 @@ demo: env
 results: env
 	$(BIN)/espalier run results --cores $(CORES)
 	$(BIN)/python docs/publish.py results/refs/results
+
+# Every experiment with published numbers, in small, into docs/papers.md: nightly.
+papers: env
+	set -e; for name in $(PAPERS); do \
+	  $(BIN)/espalier run $$name scale=small --cores $(CORES); \
+	  $(BIN)/python docs/publish.py results/refs/$$name scale=small; done
+
+# Two of them, of experts and of a dense model, which share most of their jobs with the demo.
+papers-check: env
+	$(BIN)/espalier run naee_table2 scale=small --cores $(CORES)
+	$(BIN)/espalier run tomoe_table2 scale=small --cores $(CORES)
 
 test: env
 	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup

@@ -1,4 +1,4 @@
-"""Write an experiment's table into its block of docs/results.md, and the head of `results` into README.md."""
+"""Write an experiment's table into its block of docs/results.md or docs/papers.md; `results` into README.md too."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAPERS = "docs/papers.md"
 README = "results"  # the experiment whose head the README shows
 # Of it: a screenful of rows, and the columns that fit.
 ROWS = (
@@ -30,6 +31,9 @@ def main(refs: Path, *overrides: str) -> None:
         f"{record['versions']['transformers']}, lm-eval {record['versions']['lm_eval']}."
     )
     _, _, body = text.partition("\n\n")
+    if f"<!-- {name}:begin -->" in (ROOT / PAPERS).read_text():
+        replace(ROOT / PAPERS, name, f"{made}\n\n{_paper(body)}")
+        return
     # The blocks lie under a heading of the second level.
     body = re.sub(r"^## ", "### ", body.strip(), flags=re.M)
     replace(ROOT / "docs/results.md", name, f"{made}\n\n{body}")
@@ -57,6 +61,19 @@ def head(body: str) -> str:
         raise SystemExit(f"docs/publish.py: the table has no row {missing[0]!r}. Change ROWS, or the experiment.")
     ruler = next(name for name in rows if set(name) == {"-"})
     return "\n".join(rows[name] for name in (lines[0][0].strip(), ruler, *ROWS))
+
+
+def _paper(body: str) -> str:
+    """Return of a table what its page shows: means, published numbers and pairs, without what all of them say alike."""
+    head, *sections = re.split(r"^## ", body.strip(), flags=re.M)
+    shown = [head.strip()]
+    for section in sections:
+        title, _, text = section.partition("\n")
+        if title.startswith("Beside"):
+            shown += [f"**{title}**", text.strip()]
+        elif title == "Methods in pairs":
+            shown += [f"**{title}**", re.split(r"^- ", text.strip(), flags=re.M)[0].strip()]
+    return "\n\n".join(shown)
 
 
 def _shared(section: str) -> str:

@@ -42,6 +42,13 @@ KNOWN = {  # billions, as their authors publish them
     "qwen3_30b_a3b": 30.5,
     "olmoe_1b_7b": 6.9,
     "smollm2_135m": 0.1345,
+    "llama_2_7b": 6.74,
+    "llama_2_13b": 13.02,
+    "llama_3_2_1b": 1.24,
+    "glm_4_5_air": 106.85,  # without the multi-token-prediction layer, with which the hub says 110
+    "ernie_4_5_21b": 21.8,
+    "llama_4_scout": 107.8,  # its language model
+    "qwen3_coder_480b": 480,
 }
 ACTIVE = {"mixtral_8x7b": 12.9, "qwen1_5_moe_a2_7b": 2.7, "qwen3_30b_a3b": 3.3, "olmoe_1b_7b": 1.3, "deepseek_v3": 37}
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import lm_eval.evaluator
 import pandas as pd
 import pytest
 import torch
@@ -113,6 +114,35 @@ def test_choices_equal_a_plain_loop(assets: Path, moe: Path) -> None:
     assert (result["kind"], result["metric"], result["items"]) == ("choice", "acc_mutual_info", ITEMS)
     assert result["value"] == pytest.approx(picks.correct.mean())
     assert document["tasks"]["plain"]["metric"] == "acc"
+
+
+def test_a_tasks_examples_metric_and_documents_are_its_own(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, int] = {}
+    evaluate = lm_eval.evaluator.evaluate
+
+    def watched(lm, tasks, **options):  # type: ignore[no-untyped-def]
+        seen.update({name: task.get_config("num_fewshot") for name, task in tasks["tasks"].items()})
+        return evaluate(lm, tasks, **options)
+
+    monkeypatch.setattr(lm_eval.evaluator, "evaluate", watched)
+    tasks = [
+        {"task": "perplexity_wiki", "length": 16, "documents": 3},
+        {"task": "picks", "length": 16, "documents": 3, "metric": "acc"},
+        {"task": "plain", "length": 16, "num_fewshot": 2, "metric": "acc_norm"},
+    ]
+    document, samples = scoring.score(moe, tasks, CPU, dtype="float32")
+    assert seen == {"picks": 0, "plain": 2}
+    usual, plain = scoring.score(moe, TASKS, CPU, dtype="float32")
+    text = plain[plain.task == "perplexity_wiki"].iloc[:3]
+    assert document["tasks"]["perplexity_wiki"]["items"] == 3
+    assert samples[samples.task == "perplexity_wiki"].nll.tolist() == pytest.approx(text.nll.tolist())
+    assert document["tasks"]["picks"]["metric"] == "acc"
+    assert document["tasks"]["picks"]["value"] == usual["tasks"]["picks"]["metrics"]["acc"]
+    assert document["tasks"]["plain"]["metric"] == "acc_norm"
+    own = samples[samples.task == "plain"]
+    assert (own.correct == own.acc_norm).all()
+    with pytest.raises(UserError, match="metrics: task 'plain' has no 'exact'; known: "):
+        scoring.score(moe, [{"task": "plain", "length": 16, "metric": "exact"}], CPU, dtype="float32")
 
 
 def test_shared_contexts_give_the_log_likelihoods_of_lm_evals_own_model(moe: Path) -> None:

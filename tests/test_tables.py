@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -182,8 +183,9 @@ class Made:
         record = {"format": "espalier.run/1", "commit": "f" * 40, "dirty": dirty, "versions": {"torch": "2"}}
         write_json(run_record_path(path), record)
         self.rows.append(
-            {"label": label, "method": method, "ratio": ratio, "then": None, "seed": seed, "plan": plan,
-             "weights": weights, "scores": scores}
+            {"label": label, "model": self.fetch.id, "method": method, "ratio": ratio, "then": None, "seed": seed,
+             "share": None if ratio is None else 1 - ratio, "plan": plan, "weights": weights, "scores": scores,
+             "published": [{"model": "org/Tiny-MoE", "ratio": ratio}]}
         )  # fmt: skip
 
     def _frame(self, task: str, count: int, number: int, worse: float) -> pd.DataFrame:
@@ -200,7 +202,7 @@ class Made:
 
     def table(self, **changes: Any) -> Any:
         return make_table(
-            {"experiment": "made", "rows": self.rows, "baseline": 0, "compare": None} | changes, self.store
+            {"experiment": "made", "scale": "full", "rows": self.rows, "compare": None} | changes, self.store
         )
 
 
@@ -279,7 +281,7 @@ def test_files_hold_the_table_and_come_back(made: Made, tmp_path: Path) -> None:
     read = load_table(stem.with_suffix(".json"))
     assert read["summary"] == json.loads(json.dumps(table.summary))
     assert len(read["tidy"]) == len(table.tidy)
-    assert read["model"] == {"id": "org/Tiny-MoE", "revision": "abc"}
+    assert {key: read["model"][key] for key in ("id", "revision")} == {"id": "org/Tiny-MoE", "revision": "abc"}
     pd.testing.assert_frame_equal(pd.read_parquet(stem.with_suffix(".parquet")), table.tidy)
     assert len(pd.read_csv(stem.with_suffix(".csv"))) == len(table.tidy)
 
@@ -289,10 +291,10 @@ def test_markdown_columns_align_and_say_what_they_mean(made: Made, tmp_path: Pat
     made.table().write(tmp_path / "t")
     text = (tmp_path / "t.md").read_text()
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 2
+    assert len(blocks) == 3  # means, tasks, pairs
     for block in blocks:
         assert len({len(line) for line in block}) == 1
-        assert len(block) == 2 + 4
+    assert [len(block) for block in blocks] == [2 + 4, 2 + 4, 2 + 2]  # of one share, by accuracy and perplexity
     assert "| naee 25 % † |" in text
     assert "uncommitted changes" in text
     assert "reproduc" not in text.lower()
@@ -315,32 +317,126 @@ def test_latex_has_a_cell_for_each_column(made: Made, tmp_path: Path) -> None:
     assert r"reap 25 \%" in body[1]
 
 
-PUBLISHED = """paper,table,model,setting,method,task,metric,value,source
-made,Table 2,org2/Tiny-MoE,experts=16,baseline,maths_choice,not_stated,70.5,text
-made,Table 2,org2/Tiny-MoE,experts=12,REAP,perplexity_wiki,perplexity,25.5,text
-made,Table 2,org2/Tiny-MoE,experts=12,REAP,avg2,not_stated,61.0,text
-made,Table 2,org2/Tiny-MoE,experts=8,REAP,maths_choice,acc,1.0,text
-made,Table 2,org2/Other,experts=12,REAP,maths_choice,acc,2.0,text
+PUBLISHED = """paper,table,model,setting,method,task,metric,value,calibration,source,note
+made,Table 2,org2/Tiny-MoE,experts=16,baseline,maths_choice,acc_mutual_info,70.5,,text,
+made,Table 2,org2/Tiny-MoE,experts=12,REAP,perplexity_wiki,perplexity,25.5,C4,text,
+made,Table 2,org2/Tiny-MoE,experts=12,REAP,avg2,acc_mutual_info,61.0,C4,text,inferred
+made,Table 2,org2/Tiny-MoE,experts=12,REAP,avg,acc_mutual_info,99.0,C4,text,
+made,Table 2,org2/Tiny-MoE,experts=12,REAP,cloze,not_stated,12.3,C4,text,
+made,Table 2,org2/Tiny-MoE,experts=8,REAP,maths_choice,acc,1.0,C4,text,
+made,Table 2,org2/Tiny-MoE,active=75%,Theirs,maths_choice,acc_mutual_info,2.5,C4,text,
+made,Table 2,org2/Other,experts=12,REAP,maths_choice,acc,2.0,C4,text,
+made,Table 3,org2/Tiny-MoE,experts=12,REAP,maths_choice,acc_mutual_info,3.0,C4,text,
 """
 
 
-def test_published_numbers_stand_beside_ours(made: Made, tmp_path: Path) -> None:
+@pytest.fixture
+def paper(tmp_path: Path) -> dict[str, Any]:
     path = tmp_path / "paper.csv"
     path.write_text(PUBLISHED)
-    table = made.table(compare={"file": str(path), "sha256": "0"})
+    return {"file": str(path), "sha256": "0", "table": "Table 2", "tasks": {"cloze": "cloze_wiki"}}
+
+
+def test_published_numbers_stand_beside_ours(made: Made, paper: dict[str, Any], tmp_path: Path) -> None:
+    table = made.table(compare=paper)
     full, reap, random = table.summary
-    assert full["tasks"]["maths_choice"]["published"] == pytest.approx(0.705)
-    assert reap["tasks"]["perplexity_wiki"]["published"] == 25.5
-    ours = reap["tasks"]["perplexity_wiki"]["value"]
-    assert reap["tasks"]["perplexity_wiki"]["published_delta"] == pytest.approx(ours - 25.5)
-    assert reap["accuracy"]["published"] == pytest.approx(0.61)
-    assert "published" not in reap["tasks"]["maths_choice"]  # another ratio, another model
-    assert not any("published" in found for found in random["tasks"].values())
+    ours = full["tasks"]["maths_choice"]
+    assert ours["published"] == pytest.approx(0.705)
+    frame = made.samples[0][made.samples[0].task == "maths_choice"].correct
+    error = frame.std(ddof=1) / math.sqrt(len(frame))
+    assert ours["published_z"] == pytest.approx((frame.mean() - 0.705) / error)
+    assert ours["beyond"] == (abs(frame.mean() - 0.705) > 2 * error)
+    ours = reap["tasks"]["perplexity_wiki"]
+    assert ours["published_delta"] == pytest.approx(ours["value"] - 25.5)
+    # The error of a perplexity is its logarithm's: half of the interval over t, here of 29 degrees of freedom.
+    error = math.log(ours["high"] / ours["low"]) / 2 / 2.04523
+    assert ours["published_z"] == pytest.approx(math.log(ours["value"] / 25.5) / error, rel=1e-4)
+    assert reap["accuracy"]["published"] == pytest.approx(0.61)  # a mean over as many tasks
+    for line, task in ((reap, "maths_choice"), (reap, "cloze_wiki"), (random, "maths_choice")):
+        assert "published" not in line["tasks"][task]  # another ratio, a metric that is not stated, another method
+    tidy = table.tidy[(table.tidy.label == "reap 25 %") & (table.tidy.metric == "perplexity")].set_index("task")
+    assert tidy.loc["perplexity_wiki"].published == 25.5
+    assert tidy.loc["perplexity_wiki"].beyond == ours["beyond"]
+    assert set(tidy.model) == {"org/Tiny-MoE"}
+    assert tidy.stored.iloc[0] == 5.7e6
+
+
+def test_what_a_paper_prints_is_in_every_rendering(made: Made, paper: dict[str, Any], tmp_path: Path) -> None:
+    table = made.table(compare=paper)
+    lines = {(line["method"], line["setting"]): line for line in table.document["published"]}
+    assert [line["label"] for line in table.document["published"]] == ["full", "reap 25 %", None, None]
+    cells = {cell["task"]: cell for cell in lines["REAP", "experts=12"]["cells"]}
+    assert cells["avg"]["ours"] is None  # a mean over nobody knows how many tasks
+    assert cells["cloze"]["ours"] is None
+    assert cells["avg2"]["ours"]["delta"] == pytest.approx(table.summary[1]["accuracy"]["value"] - 0.61)
     table.write(tmp_path / "t")
+    for suffix in (".md", ".tex", ".html"):
+        text = (tmp_path / f"t{suffix}").read_text()
+        for printed in ("70.5", "25.5", "61.0", "99.0", "12.3", "2.5"):
+            assert printed in text, (suffix, printed)
+        assert "Theirs" in text
+        assert "inferred" in text
+        assert "made Table 2 (text)" in text
+        assert "reproduc" not in text.lower()
     text = (tmp_path / "t.md").read_text()
-    assert "70.5" in text
-    assert "made Table 2 (text)" in text
-    assert "reproduc" not in text.lower()
+    assert re.search(r"\| Tiny-MoE: Theirs \(active=75%\) ‡ +\| +paper \|", text)
+    assert re.search(r"\| full +\| +ours - paper \|", text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit", "said"),
+    [({"scale": "small"}, None, r"\(scale=small\)"), ({}, 50, "no more than 50 items")],
+)
+def test_small_and_limited_runs_reproduce_nothing(
+    made: Made, paper: dict[str, Any], tmp_path: Path, changes: Any, limit: int | None, said: str
+) -> None:
+    for row in made.rows if limit else ():
+        old = made.store.read_node(row["scores"]["maths_choice"])
+        node = Node("task", old["config"] | {"limit": limit}, tuple(old["parents"]), made_by=old["made_by"])
+        made.store.write_node(node)
+        row["scores"]["maths_choice"] = node.id
+    table = made.table(compare=paper, **changes)
+    small = "scale" in changes
+    assert table.tidy.published.isna().all() == small
+    assert any("published" in found for line in table.summary for found in line["tasks"].values()) != small
+    assert all(cell["ours"] is None for line in table.document["published"] for cell in line["cells"]) == small
+    table.write(tmp_path / "t")
+    for suffix in (".md", ".tex", ".html"):
+        text = (tmp_path / f"t{suffix}").read_text()
+        assert re.search(f"Not a reproduction.*{said}", text)
+        assert "70.5" in text  # shown all the same
+        assert ("ours - paper" in text) != small
+    assert ("paper's model" in (tmp_path / "t.md").read_text()) == small
+
+
+def test_models_of_a_table_have_their_own_baselines(made: Made, tmp_path: Path) -> None:
+    first = made.fetch
+    made.fetch = Node("fetch", {"id": "org/Larger-MoE", "revision": "def"})
+    made.store.write_node(made.fetch)
+    made.add("Larger: full")
+    made.add("Larger: reap", "reap", 0.25, worse=0.1)
+    table = made.table()
+    by_label = {line["label"]: line for line in table.summary}
+    assert table.document["baselines"]["Larger: reap"] == "Larger: full"
+    assert table.document["baselines"]["reap 25 %"] == "full"
+    ratio = by_label["Larger: reap"]["perplexity"]["value"] / by_label["Larger: full"]["perplexity"]["value"]
+    assert by_label["Larger: reap"]["perplexity"]["ratio"] == pytest.approx(ratio)
+    assert by_label["Larger: full"]["perplexity"]["ratio"] is None
+    assert [model["id"] for model in table.document["models"]] == ["org/Tiny-MoE", "org/Larger-MoE"]
+    assert {pair["model"] for pair in table.document["pairs"]} == {first.id}  # the other model has one method
+
+
+def test_pairs_are_a_file_and_a_hostile_name_is_no_markup(made: Made, tmp_path: Path) -> None:
+    made.add("<b>&naee_1", "naee", 0.25, worse=0.2)
+    made.table().write(tmp_path / "t")
+    frame = pd.read_csv(tmp_path / "t.pairs.csv")
+    assert len(frame) == 2 * 3  # three methods of one share, by accuracy and perplexity
+    assert set(frame["first"]) | set(frame["second"]) == {"reap 25 %", "random 25 %", "<b>&naee_1"}
+    assert (frame.p_holm >= frame.p).all()
+    page = (tmp_path / "t.html").read_text()
+    assert "<b>" not in page
+    assert "&lt;b&gt;&amp;naee_1" in page
+    assert r"<b>\&naee\_1" in (tmp_path / "t.tex").read_text()
 
 
 def test_published_file_without_a_needed_column_is_refused(made: Made, tmp_path: Path) -> None:
@@ -351,7 +447,7 @@ def test_published_file_without_a_needed_column_is_refused(made: Made, tmp_path:
 
 
 def test_tables_without_a_baseline_have_no_differences(made: Made) -> None:
-    table = made.table(baseline=None)
+    table = made.table(rows=made.rows[1:])
     assert table.tidy.delta.isna().all()
     assert all(line["perplexity"]["ratio"] is None for line in table.summary)
 

@@ -41,10 +41,11 @@ class StageForecast:
 
 @dataclass
 class Forecast:
-    """An experiment's stages in the order they run, and what could not be known."""
+    """An experiment's stages in the order they run, the table's configuration, and what could not be known."""
 
     experiment: str
     stages: dict[str, StageForecast]
+    table: dict[str, Any]
     unknown: list[str]
 
     @property
@@ -106,4 +107,6 @@ def forecast(experiment: str, overrides: list[str], results: Path, hardware: Har
             cost = reckoner.cost(job)
             row.cost = total((row.cost, cost))
             row.seconds += cost.seconds(hardware)
-    return Forecast(experiment, {name: row for name, row in stages.items() if row.jobs}, sorted(reckoner.unknown))
+    table = next(node.config for node in expanded.nodes if node.stage == "table")
+    made = {name: row for name, row in stages.items() if row.jobs}
+    return Forecast(experiment, made, table, sorted(reckoner.unknown))

@@ -7,16 +7,18 @@ from typing import Any
 
 from espalier import conf, methods, sources
 from espalier.checkpoint import Checkpoint
-from espalier.errors import UserError
+from espalier.errors import UserError, nearest
 from espalier.kernel_settings import KernelBench
-from espalier.labels import row_label
+from espalier.labels import left, model_name, published_row, row_label
 from espalier.running import Running
 from espalier.speed_settings import Timing
-from espalier.store import Node, Store, canonical, content_hash, digest, write_json
+from espalier.store import Node, Store, canonical, content_hash, digest, identity, write_json
 from espalier.sweep import Composer, Config, Point, is_seed, is_shown, overrides_of, points
 from espalier.temporary import only_scored
 from espalier.tune_settings import Tuning
 
+BY_TASK = {"fewshot": "num_fewshot", "metrics": "metric"}  # of an evaluation: settings of single tasks
+COMPARE = ("file", "table", "models", "tasks")  # keys of `compare`
 COMPARED = 128  # likeliest tokens of the uncompressed model that a divergence tells apart; the others are one class
 
 
@@ -40,24 +42,38 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
     """
     composer = Composer(experiment, overrides)
     base = composer.compose({})
-    builder = _Builder(store)
-    different: dict[str, tuple[Config, Point]] = {}  # rows, each with its first point
-    named: dict[str, tuple[Config, Point]] = {}  # the first point of each name
     swept = list(points(composer.sweep()))
     _refuse_shadowed(experiment, overrides, swept)
-    for point in swept:
-        config = composer.compose(point)
-        row = builder.row(config, point)
-        different.setdefault(canonical(row), (row, point))
+    configs = [composer.compose(point) for point in swept]
+    models = list(dict.fromkeys(str(config["model"]["id"]) for config in configs))
+    builder = _Builder(store)
+    rows: dict[str, Config] = {}
+    made: list[Point] = []  # the point of each row
+    named: dict[str, tuple[Config, Point]] = {}  # the first point of each name
+    for point, config in zip(swept, configs, strict=True):
+        row = builder.row(config, point, several=len(models) > 1)
         this = (config, point)
         _refuse_equal_names(row["label"], this, named.setdefault(row["label"], this))
-    rows, made = [row for row, _ in different.values()], [point for _, point in different.values()]
-    scores = [id for row in rows for id in row["scores"].values()]
-    scores += [row[kind] for kind in ("speed", "kernels") for row in rows if kind in row]
-    plans = [row["plan"] for row in rows if row["plan"]]
-    baseline = next((n for n, row in enumerate(rows) if row["plan"] is None), None)
-    compare = _published(base.get("compare"))
-    table_config = {"experiment": experiment, "rows": rows, "baseline": baseline, "compare": compare}
+        # Points of several models that are one at a smaller scale are one row, beside all that is published of it.
+        key = canonical(row | {"published": None})
+        if key not in rows:
+            rows[key] = row
+            made.append(point)
+        row = rows[key]
+        reference = published_row(composer.written(point), point)
+        if reference not in row["published"]:
+            row["published"].append(reference)
+    rows_of_table = list(rows.values())
+    scores = [id for row in rows_of_table for id in row["scores"].values()]
+    scores += [row[kind] for kind in ("speed", "kernels") for row in rows_of_table if kind in row]
+    plans = [row["plan"] for row in rows_of_table if row["plan"]]
+    table_config = {
+        "experiment": experiment,
+        "_overrides": list(overrides),
+        "scale": base["scale"]["name"],
+        "rows": rows_of_table,
+        "compare": _published(base.get("compare")),
+    }
     table = builder.add(Node("table", table_config, tuple(dict.fromkeys([*scores, *plans])), experiment))
     usage = tuple(dict.fromkeys(builder.usage))
     how = {"overrides": list(overrides), "points": made}  # for the report's commands; no part of its identity
@@ -100,13 +116,19 @@ def _seedless(value: Any) -> Any:
     return value
 
 
-def _published(compare: str | None) -> Config | None:
+def _published(compare: Config | str | None) -> Config | None:
+    """Return `compare` of an experiment, a file or a mapping with `file`, with the file's hash and the models' ids."""
     if compare is None:
         return None
-    path = conf.directory() / compare
+    said: Config = {"file": compare} if isinstance(compare, str) else dict(compare)
+    for key in said:
+        if key not in COMPARE:
+            raise UserError(f"compare: unknown key {key!r}; {nearest(key, list(COMPARE))}.")
+    path = conf.directory() / said["file"]
     if not path.exists():
-        raise UserError(f"compare={compare}: no such file {path}. Name a CSV under conf/paper.")
-    return {"file": compare, "sha256": content_hash(path)}
+        raise UserError(f"compare={said['file']}: no such file {path}. Name a CSV under conf/paper.")
+    models = {printed: sources.model_config(name)["id"] for printed, name in (said.get("models") or {}).items()}
+    return said | {"models": models, "sha256": content_hash(path)}
 
 
 class _Builder:
@@ -126,9 +148,14 @@ class _Builder:
         self.nodes.setdefault(node.id, node)
         return node.id
 
-    def row(self, config: Config, point: Point) -> Config:
-        """Add one point's nodes, from the model to its scores, and return the point's row of the table."""
+    def row(self, config: Config, point: Point, several: bool = False) -> Config:
+        """Add one point's nodes, from the model to its scores, and return the point's row of the table.
+
+        several: the table has other models too, so that the model stands in the row's name.
+        """
         model, label = config["model"], row_label(config, point)
+        if several:
+            label = f"{model_name(model)}: {label}"
         fetch = self.add(Node("fetch", self._fetch(model), label=str(model["id"])))
         weights, plan = fetch, None
         shards = _shards(config["calibration"])
@@ -165,10 +192,13 @@ class _Builder:
             weights = self.add(Node("apply", {}, (weights, plan), label))
         row = {
             "label": label,
+            "model": fetch,
             "method": config["method"]["name"],
             "ratio": config["method"].get("ratio"),
             "then": None if config["then"]["name"] == "none" else config["then"]["name"],
+            "share": left(config),
             "seed": _seed(steps, point),
+            "published": [],
             "plan": plan,
             "weights": weights,
             "scores": {task["task"]: self._task(task, weights, label, fetch) for task in self._tasks(config)},
@@ -179,7 +209,6 @@ class _Builder:
             row["speed"] = self.add(Node("speed", timed, (weights, fetch), label))
         if config["kernel"]["name"] != "none":
             row["kernels"] = self._kernels(config, fetch, weights, model, label)
-        # Rows of experiments without tuning keep the form, and so the id, that they had before there was any.
         return row | ({"tuning": config["tuning"]["name"]} if tuned else {})
 
     def _kernels(self, config: Config, fetch: str, weights: str, model: Config, label: str) -> str:
@@ -245,17 +274,26 @@ class _Builder:
         name, length = str(task["task"]), task.get("length")
         if length is None:
             raise UserError(f"task {name} compares windows of one length. Give evaluation.length=512, say.")
+        if task.get("documents") is not None:
+            raise UserError(f"task {name} takes all documents. Leave evaluation.documents out.")
         text = {"name": name, "source": "windows", "domains": [name.removeprefix("kl_")], "length": length}
         tokens = self.add(Node("tokens", text | {"content": task["content"]}, (fetch,), f"windows of {name}"))
         answers = {"top": COMPARED, "dtype": task["dtype"]}
         return self.add(Node("teacher", answers, (fetch, tokens), f"top {COMPARED}"))
 
     def _tasks(self, config: Config) -> list[Config]:
-        evaluation = {key: value for key, value in config["evaluation"].items() if key not in ("tasks", "name")}
-        settings = evaluation | {"dtype": config["model"]["dtype"]}
-        return [
-            settings | {"task": task, "content": self._task_revision(task)} for task in config["evaluation"]["tasks"]
-        ]
+        evaluation = identity(config["evaluation"])
+        settings = {key: value for key, value in evaluation.items() if key not in ("tasks", "name", *BY_TASK)}
+        settings |= {"dtype": config["model"]["dtype"]}
+        tasks = []
+        for task in evaluation["tasks"]:
+            own = {
+                key: evaluation[by_task][task]
+                for by_task, key in BY_TASK.items()
+                if task in evaluation.get(by_task, {})
+            }
+            tasks.append(settings | {"task": task, "content": self._task_revision(task)} | own)
+        return tasks
 
 
 def _seed(steps: Sequence[Config], point: Point) -> int | None:

@@ -1,13 +1,17 @@
-"""Write a table document as Markdown, to read in a terminal or on GitHub, and as a LaTeX booktabs table."""
+"""The cells of a table document's tables as text, and the sentences that explain them; what renderings are made of."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from espalier.passes import sentence
+from espalier.scale import FULL
 
 Document = Mapping[str, Any]
 DAGGER = "†"
+ONLY = "‡"  # a line that only the paper has
+BEYOND = "*"  # a difference of more than two standard errors
 NONE = "–"
+LISTED = 8  # lines that are named of those not told apart, or worse
 
 
 def name_of(line: Document) -> str:
@@ -53,6 +57,12 @@ def millions(value: float) -> str:
 def seconds(value: float | None) -> str:
     """Format a time: a tenth of a second below ten."""
     return NONE if value is None else f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+
+
+MEANS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("perplexity", "perplexity [95 %]", number),
+    ("accuracy", "accuracy % [95 %]", percent),
+)
 
 
 def main_rows(table: Document) -> tuple[list[str], list[list[str]]]:
@@ -108,7 +118,7 @@ def task_rows(table: Document) -> tuple[list[str], list[list[str]]]:
     header = ["method", *(short(task, table) for task in tasks)]
     rows = []
     for line in table["summary"]:
-        cells = [_value(line["tasks"].get(task)) for task in tasks]
+        cells = [value_of(line["tasks"].get(task)) for task in tasks]
         rows.append([name_of(line), *cells])
     return header, rows
 
@@ -127,7 +137,8 @@ def short(task: str, table: Document) -> str:
     return f"ppl {task.removeprefix('perplexity_')}" if kind == "perplexity" else task.replace("_", " ")
 
 
-def _value(found: Document | None) -> str:
+def value_of(found: Document | None) -> str:
+    """Format a task's value by its kind."""
     if found is None:
         return NONE
     show = {"choice": percent, "divergence": nats}.get(found["kind"], number)
@@ -135,20 +146,121 @@ def _value(found: Document | None) -> str:
 
 
 def published_rows(table: Document) -> tuple[list[str], list[list[str]]]:
-    """Return header and cells of ours beside published numbers; no rows when nothing matches."""
-    header = ["method", "task", "ours [95 %]", "published", "ours - published", "source"]
+    """Return header and cells of published numbers beside ours; no rows when none is of the table's models.
+
+    Where ours are of the paper's models and tasks, a method has a line of ours, the paper's, and one of differences,
+    with a mark beyond two standard errors. Else ours are two columns of means, before the paper's. Lines that only the
+    paper has come last, marked too.
+    """
+    lines = table.get("published") or []
+    columns = list(dict.fromkeys((cell["task"], cell["metric"]) for line in lines for cell in line["cells"]))
+    metrics = {metric for _, metric in columns}
+    heads = [task if len(metrics) == 1 or not metric else f"{task} ({metric})" for task, metric in columns]
+    if table.get("scale", FULL) != FULL:
+        return _apart(table, lines, columns, heads)
     rows = []
-    for line in table["summary"]:
-        beside = [(task, found, found["kind"] == "choice") for task, found in line["tasks"].items()]
-        beside.append(("mean accuracy", line.get("accuracy", {}), True))
-        for task, found, is_choice in beside:
-            if found.get("published") is not None:
-                show: Callable[[float | None], str] = percent if is_choice else number
-                delta = found["published_delta"]
-                difference = percent(delta, sign=True) if is_choice else f"{delta:+.2f}"
-                cells = [name_of(line), task, between(found, "value", show), show(found["published"]), difference]
-                rows.append([*cells, found["published_source"]])
+    for line in lines:
+        cells = {(cell["task"], cell["metric"]): cell for cell in line["cells"]}
+        printed = [cells[column]["printed"] if column in cells else NONE for column in columns]
+        if line["label"] is None:
+            rows.append([f"{_printed_name(line)} {ONLY}", "paper", *printed])
+            continue
+        ours = [(cells.get(column) or {}).get("ours") for column in columns]
+        rows.append(
+            [line["label"], "ours [95 %]", *(between(own, "value", _shown(own)) if own else NONE for own in ours)]
+        )
+        rows.append([line["label"], "paper", *printed])
+        rows.append([line["label"], "ours - paper", *map(_difference, ours)])
+    return ["method", "whose", *heads], rows
+
+
+def _apart(
+    table: Document, lines: Sequence[Document], columns: Sequence[tuple[str, str]], heads: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Ours and the paper's in columns of their own, where they are of different models or tasks."""
+    summary = {line["label"]: line for line in table["summary"]}
+    means = [(key, head, show) for key, head, show in MEANS if any(key in line for line in summary.values())]
+    rows = []
+    for line in lines:
+        cells = {(cell["task"], cell["metric"]): cell["printed"] for cell in line["cells"]}
+        own = summary.get(line["label"], {})
+        ours = [between(own.get(key, {}), "value", show) for key, _, show in means]
+        name = f"{line['method']} {ONLY}" if line["label"] is None else line["label"]
+        rows.append([name, *ours, _model_name(line["model"]), line["setting"], *(cells.get(c, NONE) for c in columns)])
+    return ["method", *(f"ours: {head}" for _, head, _ in means), "paper's model", "setting", *heads], rows
+
+
+def _printed_name(line: Document) -> str:
+    setting = f" ({line['setting']})" if line["setting"] else ""
+    return f"{_model_name(line['model'])}: {line['method']}{setting}" if line["model"] else f"{line['method']}{setting}"
+
+
+def _model_name(id: str) -> str:
+    return id.rpartition("/")[2] or NONE
+
+
+def _shown(own: Document) -> Callable[[float | None], str]:
+    return percent if own["percent"] else number
+
+
+def _difference(own: Document | None) -> str:
+    if own is None:
+        return NONE
+    text = percent(own["delta"], sign=True) if own["percent"] else f"{own['delta']:+.2f}"
+    return f"{text} {BEYOND}" if own["beyond"] else text
+
+
+def pair_rows(table: Document) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of the comparisons in pairs: of each share and measure the best, and what differs."""
+    header = ["left", "by", "best", "not told apart from it", "worse (difference or ratio [95 %], p by Holm)"]
+    keys = list(dict.fromkeys((pair["model"], pair["share"], pair["measure"]) for pair in table.get("pairs") or []))
+    names = {model["node"]: _model_name(str(model["id"])) for model in table.get("models") or [] if "node" in model}
+    several = len({model for model, _, _ in keys}) > 1
+    rows = []
+    for key in keys:
+        own = [pair for pair in table["pairs"] if (pair["model"], pair["share"], pair["measure"]) == key]
+        labels = dict.fromkeys(label for pair in own for label in (pair["first"], pair["second"]))
+        best = min(labels, key=lambda label, own=own: _losses(label, own))  # type: ignore[misc]
+        alike: list[tuple[str, str]] = []
+        worse: list[tuple[str, str]] = []
+        for pair in own:
+            if best in (pair["first"], pair["second"]):
+                other = pair["second"] if pair["first"] == best else pair["first"]
+                (alike if pair["better"] is None else worse).append((other, _against(pair, best)))
+        model = f"{names.get(key[0], '')}, " if several else ""
+        cells = [f"{model}{100 * key[1]:g} %", key[2], best, _listed([name for name, _ in alike])]
+        rows.append([*cells, _listed([f"{name} ({text})" for name, text in worse])])
     return header, rows
+
+
+def _losses(label: str, pairs: Sequence[Document]) -> int:
+    """Number of pairs in which a line's estimate is the worse one."""
+    lost = 0
+    for pair in pairs:
+        even, sign = (1.0, -1) if pair["measure"] == "perplexity" else (0.0, 1)
+        ahead = sign * (pair["value"] - even) > 0
+        lost += (pair["first"] == label and not ahead) or (pair["second"] == label and ahead)
+    return lost
+
+
+def _against(pair: Document, best: str) -> str:
+    """How much worse the other line of a pair is than the best one."""
+    bounds = [pair[key] for key in ("value", "low", "high")]
+    if pair["measure"] == "perplexity":
+        value, low, high = (1 / bounds[0], 1 / bounds[2], 1 / bounds[1]) if pair["first"] == best else bounds
+        return f"{number(value)} [{number(low)}, {number(high)}], {_chance(pair['p_holm'])}"
+    value, low, high = (-bounds[0], -bounds[2], -bounds[1]) if pair["first"] == best else bounds
+    texts = [percent(x, sign=True) for x in (value, low, high)]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}], {_chance(pair['p_holm'])}"
+
+
+def _chance(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    return "; ".join([*names[:LISTED], *more]) or NONE
 
 
 def legend(table: Document, paired: bool = True) -> list[str]:
@@ -193,94 +305,52 @@ def legend(table: Document, paired: bool = True) -> list[str]:
         )
     if table.get("passes"):
         lines.append(sentence(table["passes"]))
+    lines += _made(table)
+    return lines
+
+
+def _made(table: Document) -> list[str]:
+    """Say what the rows were calibrated on, at which commit they were made, and whether that is all of the source."""
+    by_text: dict[str, list[str]] = {}
+    for line in table["summary"]:
+        if line.get("calibration"):
+            by_text.setdefault(line["calibration"], []).append(line["label"])
+    lines = []
+    for text, labels in by_text.items():
+        lines.append(f"Calibration{'' if len(by_text) == 1 else f' of {_listed(labels)}'}: {text}.")
+    commits = list(dict.fromkeys(str(line["commit"])[:12] for line in table["summary"] if line.get("commit")))
+    if commits:
+        lines.append(f"Made at commit {', '.join(commits)}.")
     if any(line["dirty"] for line in table["summary"]):
         lines.append(f"{DAGGER} made from a source tree with uncommitted changes.")
     return lines
 
 
-def markdown(table: Document) -> str:
-    """Return the tables of means, of tasks and of published numbers, padded so that columns align as text."""
-    model = table["model"]["id"] or "model"
-    parts = [f"# {table['experiment']}: {model}", _pipe(*main_rows(table)), "## By task", _pipe(*task_rows(table))]
-    header, rows = published_rows(table)
-    if rows:
-        parts += [
-            f"## Beside published numbers ({table['compare']})",
-            _pipe(header, rows),
-            "Models, data and harness may differ from the publication's: a comparison, no more.",
-        ]
-    parts.append("\n".join(f"- {line}" for line in legend(table)))
-    return "\n\n".join(parts) + "\n"
+def published_legend(table: Document) -> list[str]:
+    """Return the sentences that explain the published numbers, with what is doubtful about them."""
+    lines = table.get("published") or []
+    metrics = dict.fromkeys(cell["metric"] for line in lines for cell in line["cells"] if cell["metric"])
+    sources = dict.fromkeys(line["source"] for line in lines)
+    notes = dict.fromkeys(note for line in lines for note in line["notes"])
+    said = [f"Published: {'; '.join(sources)}. Metric: {', '.join(metrics)}."]
+    if notes:
+        said.append(f"Notes on published values: {'; '.join(notes)}.")
+    calibrations = dict.fromkeys(line["calibration"] for line in lines if line["calibration"])
+    if calibrations:
+        said.append(f"The paper's calibration: {'; '.join(calibrations)}.")
+    if any(line["label"] is None for line in lines):
+        said.append(f"{ONLY} only the paper has this line: the method, setting or calibration was not run here.")
+    if table.get("scale", FULL) == FULL:
+        said.append(
+            f"{BEYOND} more than two of our standard errors from the paper's value, which is taken as exact. Where "
+            "metrics differ or are not stated, nothing is subtracted; models, data and harness may differ: a "
+            "comparison, no more."
+        )
+    return said
 
 
-def _pipe(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[n]) for row in (header, *rows)) for n in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if n == 0 else c.rjust(w) for n, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * w if n == 0 else "-" * (w - 1) + ":" for n, w in enumerate(widths)]
-    return "\n".join([line(header), "| " + " | ".join(rule) + " |", *map(line, rows)])
-
-
-ESCAPES = {character: "\\" + character for character in "%_&#${}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    DAGGER: r"$^\dagger$",
-    NONE: "--",
-}
-
-
-def escape(text: str) -> str:
-    """Escape LaTeX's special characters."""
-    return "".join(ESCAPES.get(character, character) for character in text)
-
-
-def latex(table: Document) -> str:
-    """Return one booktabs table: parameters, each task, and the means with half-widths of their intervals."""
-    tasks = ordered_tasks(table)
-    header = ["Method", "Stored", "Unique", "Active", *(short(task, table) for task in tasks)]
-    has_texts = any("perplexity" in line for line in table["summary"])
-    has_choices = any("accuracy" in line for line in table["summary"])
-    header += ["ppl geo"] * has_texts + ["acc mean"] * has_choices
-    body = []
-    for line in table["summary"]:
-        cells = [
-            escape(name_of(line)),
-            *(millions(line[key]).replace(",", "{,}") for key in ("stored", "unique", "active")),
-        ]
-        cells += [escape(_value(line["tasks"].get(task))) for task in tasks]
-        cells += [_half(line.get("perplexity"), number)] * has_texts + [
-            _half(line.get("accuracy"), percent)
-        ] * has_choices
-        body.append("    " + " & ".join(cells) + r" \\")
-    caption = escape(f"{table['experiment']}: {table['model']['id'] or 'model'}. ") + " ".join(
-        escape(line) for line in legend(table, paired=False)
-    )
-    return "\n".join(
-        [
-            r"% Needs \usepackage{booktabs}.",
-            r"\begin{table}",
-            r"  \centering",
-            rf"  \caption{{{caption}}}",
-            rf"  \begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-            r"    \toprule",
-            "    " + " & ".join(map(escape, header)) + r" \\",
-            r"    \midrule",
-            *body,
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def _half(found: Document | None, show: Callable[[float | None], str]) -> str:
-    if not found:
-        return "--"
-    if found["high"] is None:
-        return show(found["value"])
-    return rf"{show(found['value'])} $\pm$ {show((found['high'] - found['low']) / 2)}"
+PAIRED = (
+    "Methods that leave the same share (of experts, neurons or tokens), compared on the same items by a paired "
+    "bootstrap; differences of the mean accuracy in points, ratios of the mean perplexity. p by Holm over all pairs of "
+    "a share, told apart at 5 %; every pair is in the file pairs.csv."
+)

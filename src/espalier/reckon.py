@@ -260,7 +260,7 @@ class Reckoner:
         name, limit = str(task["task"]), task.get("limit")
         domain = _domain(name)
         if domain is not None:
-            return _held_out_tokens(domain)
+            return _held_out_tokens(domain, task.get("documents"))
         items = sources.task_items(name)
         if items is not None:
             return _item_tokens(items, limit)
@@ -289,8 +289,8 @@ def _item_tokens(items: Path, limit: int | None) -> int:
 
 
 @cache
-def _held_out_tokens(domain: str) -> int:
-    return int(_held_out(domain).stat().st_size / BYTES_PER_TOKEN)
+def _held_out_tokens(domain: str, documents: int | None = None) -> int:
+    return int(sum(map(len, _held_out(domain).read_bytes().splitlines()[:documents])) / BYTES_PER_TOKEN)
 
 
 def _longest_choice(task: Document) -> int:

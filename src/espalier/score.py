@@ -54,10 +54,10 @@ def score(
 ) -> tuple[Document, pd.DataFrame]:
     """Score the model in `directory` and return (document, samples).
 
-    tasks: {"task": name, "limit": items or None, "length": tokens a window or None}; a name is that of an
-    embedded task or of one of conf/task, `perplexity_DOMAIN` or `kl_DOMAIN` of an embedded text (`limit` does not
-    apply: all its documents),
-    or any lm-eval task or group. `answers`: by `kl_` task the original's, which `save_teacher` wrote for the same
+    tasks: {"task": name, "limit": items or None, "length": tokens a window or None}, perhaps "documents" (the first of
+    a text), and, where they are not the task's own, "num_fewshot" and the "metric" that stands for the task. A name is
+    that of an embedded task or of one of conf/task, `perplexity_DOMAIN` or `kl_DOMAIN` of an embedded text (`limit`
+    does not apply to it), or any lm-eval task or group. `answers`: by `kl_` task the original's, of the same
     windows. A model that does not fit is run layer by layer, all choices in one pass over its weights and all texts in
     another.
 
@@ -98,12 +98,12 @@ def score(
 
 
 def _measured(tasks: Sequence[Document]) -> dict[str, tuple[str, str]]:
-    """Return of each task that is measured on a text what is measured, and the text: its domain and window."""
+    """Return of each task that is measured on a text what is measured, and the text: domain, window, documents."""
     found = {}
     for task in tasks:
         kind, _, domain = str(task["task"]).partition("_")
         if kind in RESULTS and domain:
-            found[str(task["task"])] = kind, f"{domain} {task.get('length')}"
+            found[str(task["task"])] = kind, f"{domain} {task.get('length')} {task.get('documents')}"
     return found
 
 
@@ -113,8 +113,9 @@ def _texts(
     """Return the texts that are run, each once, with the original's answers where a divergence is measured."""
     texts: dict[str, Text] = {}
     for name, (kind, key) in measured.items():
-        domain, _, length = key.rpartition(" ")
-        text = texts.get(key) or Text(held_out(domain, name), None if length == "None" else int(length))
+        domain, *sizes = key.rsplit(" ", 2)
+        length, documents = (None if size == "None" else int(size) for size in sizes)
+        text = texts.get(key) or Text(held_out(domain, name)[:documents], length)
         if kind == "kl":
             if name not in answers or text.length is None:
                 raise UserError(f"evaluation: task {name!r} needs the original's answers and evaluation.length.")
@@ -236,7 +237,7 @@ def _lm_eval(
                 f"conf/task/{task['task']}.yaml or its data changed since this run was planned. Run it again."
             )
     with _quiet():
-        loaded = {task["task"]: _load(task["task"]) for task in tasks}
+        loaded = {task["task"]: _load(task["task"], task.get("num_fewshot")) for task in tasks}
         leaves = {name: task for found in loaded.values() for name, task in found["tasks"].items()}
         groups = {name: group for found in loaded.values() for name, group in found["groups"].items()}
         chosen: dict[str, range] = {}
@@ -252,7 +253,7 @@ def _lm_eval(
     for task in tasks:
         name = task["task"]
         frame = pd.concat([_sample_frame(name, leaf, found["samples"][leaf]) for leaf in loaded[name]["tasks"]])
-        yield name, _task_result(name, found["results"].get(name, {}), frame), frame
+        yield name, _task_result(name, found["results"].get(name, {}), frame, task.get("metric")), frame
 
 
 def _language_model(
@@ -278,8 +279,11 @@ def fetch_data(task: str) -> None:
             _load(task)
 
 
-def _load(name: str) -> Document:
-    """Load a task or group; lm-eval's own 14,000 task files are indexed only when one of them is asked for."""
+def _load(name: str, shots: int | None = None) -> Document:
+    """Load a task or group, with `shots` examples before each item (None: as many as the task's file says, or none).
+
+    lm-eval's own 14,000 task files are indexed only when one of them is asked for.
+    """
     from lm_eval.tasks import TaskManager
 
     own = name in task_names() or is_own(name)
@@ -294,8 +298,8 @@ def _load(name: str) -> Document:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"evaluation: the data of task {name!r} cannot be had ({first}). Go online once.") from None
     for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+        if shots is not None or task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded
 
@@ -333,8 +337,15 @@ def _sample_frame(task: str, leaf: str, samples: list[Document]) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
-def _task_result(name: str, found: Document, frame: pd.DataFrame) -> Document:
-    accuracy = next((metric for metric in ACCURACIES if metric in frame), None)
+def _task_result(name: str, found: Document, frame: pd.DataFrame, asked: str | None = None) -> Document:
+    """Return a task's result; its metric is the one `asked` for, else the first accuracy, else the first there is.
+
+    UserError for a metric that the task does not have.
+    """
+    if asked is not None and asked not in frame:
+        known = [column for column in frame if column not in ("task", "item")]
+        raise UserError(f"evaluation: metrics: task {name!r} has no {asked!r}; {nearest(asked, known)}.")
+    accuracy = asked or next((metric for metric in ACCURACIES if metric in frame), None)
     metrics = {
         key.partition(",")[0]: float(value)
         for key, value in found.items()
@@ -348,7 +359,7 @@ def _task_result(name: str, found: Document, frame: pd.DataFrame) -> Document:
             "metrics": metrics
         }
     frame["correct"] = frame[accuracy].astype(float)
-    for metric in ACCURACIES:  # of a group: over all items of its tasks
+    for metric in {accuracy: None} | dict.fromkeys(ACCURACIES):  # of a group: over all items of its tasks
         if metric in frame:
             metrics[metric] = float(np.mean(frame[metric]))
     return {

@@ -106,7 +106,10 @@ def model_config(name: str) -> dict[str, Any]:
 
 
 def calibration_revision(calibration: dict[str, Any]) -> str | None:
-    """Return the content identity of a calibration's texts or tokens; None for a hub data set not pinned yet."""
+    """Return the content identity of a calibration's texts or tokens.
+
+    None for a hub data set that is not pinned yet, and for a file that is not there but whose YAML says how to make it.
+    """
     source = calibration.get("source")
     where = f"conf/calibration/{calibration.get('name')}.yaml"
     if source == "embedded":
@@ -114,6 +117,8 @@ def calibration_revision(calibration: dict[str, Any]) -> str | None:
     if source == "file":
         path = Path(str(calibration.get("path"))).expanduser()
         if not path.is_file():
+            if calibration.get("_how"):  # enough for a dry run and an estimate; making tokens refuses
+                return None
             raise UserError(f"{where}: path={path}: no such file.")
         return "sha256:" + content_hash(path)[:40]
     if source == "hub":

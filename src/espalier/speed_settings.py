@@ -27,6 +27,7 @@ class Timing:
         """Return the settings of a composed `speed` group."""
         where = f"conf/speed/{config.get('name')}.yaml"
         known = [field.name for field in fields(cls)]
+        config = {key: value for key, value in config.items() if not key.startswith("_")}
         for key in config:
             if key not in known:
                 raise UserError(f"{where}: unknown key {key!r}; {nearest(key, known)}.")

@@ -326,8 +326,9 @@ def link_names(node: Document, store: Store) -> None:
     table = store.parent(node, "table")
     refs = store.root / "refs" / node["config"]["experiment"]
     targets = {"report.html": store.path(node)}
-    for suffix in (".json", ".md", ".csv", ".tex", ".parquet"):
+    for suffix in (".json", ".md", ".csv", ".tex", ".html", ".parquet"):
         targets[f"table{suffix}"] = store.path(table).with_suffix(suffix)
+    targets["pairs.csv"] = store.path(table).with_suffix(".pairs.csv")
     if any("kernels" in row for row in table["config"]["rows"]):
         folder = store.path(node).with_suffix("")
         targets |= {f"kernels{suffix}": folder / f"kernels{suffix}" for suffix in (".md", ".csv")}

@@ -33,7 +33,7 @@ VERSION: dict[str, int] = {
     "task": 1,
     "score": 1,
     "speed": 2,
-    "table": 1,
+    "table": 2,
     "report": 1,
 }
 

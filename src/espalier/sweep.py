@@ -1,5 +1,6 @@
 """Sweeps of an experiment become composed configurations, one a point, with Hydra; imports no torch."""
 
+import copy
 import functools
 import itertools
 import operator
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from espalier import conf
+from espalier import conf, scale
 from espalier.errors import UserError, nearest
 from espalier.store import canonical
 
@@ -16,6 +17,7 @@ Config = dict[str, Any]
 Point = dict[str, Any]  # override key -> value
 # Keys of a point that are no overrides: what its row is called, and what the sweep calls some of its values.
 LABEL, NAMES = "label", "names"
+PAPER = "paper."  # begins keys of a point that say where a paper prints its row, no overrides either
 AS, ZIP, CASES = "as", "zip", "cases"  # keys of a block that are no overrides
 Choice = tuple[str, ...]  # of a file of a group: the overrides that make it
 WIDEST = 24  # characters of a list or mapping in a row's name
@@ -28,12 +30,12 @@ def is_seed(key: str) -> bool:
 
 def is_shown(key: str) -> bool:
     """Whether a varied key of a sweep stands in the names of its rows."""
-    return not is_seed(key)
+    return not is_seed(key) and not key.startswith(PAPER) and key != "model"
 
 
 def overrides_of(point: Point) -> Point:
     """Return the keys and values that a point sets, without what only names it."""
-    return {key: value for key, value in point.items() if key not in (LABEL, NAMES)}
+    return {key: value for key, value in point.items() if key not in (LABEL, NAMES) and not key.startswith(PAPER)}
 
 
 def shown(point: Point, key: str) -> str:
@@ -53,7 +55,8 @@ def points(sweep: Sequence[Config]) -> Iterator[Point]:
 
     A key has a value, a list of values, or a mapping of names to values; the names stand in rows' names in place of
     the values. A case of `cases` is itself a block, whose points are crossed with the other keys of the block.
-    A block's `as` names its rows: `label` of a point is that name with the keys that have several values, but seeds.
+    A block's `as` names its rows: `label` of a point is that name with the keys that have several values, but seeds
+    and models; the name itself is what a paper calls the method, unless `paper.method` says otherwise.
     UserError when the lists of a `zip` differ in length, a key has no value or two, or a block is not a mapping.
     """
     for block in sweep:
@@ -64,6 +67,7 @@ def points(sweep: Sequence[Config]) -> Iterator[Point]:
             if part.titles:
                 own = [f"{key.removeprefix('method.')}={shown(point, key)}" for key in part.varied]
                 point[LABEL] = " ".join([*part.titles, *own])
+                point.setdefault(f"{PAPER}method", " ".join(part.titles))
             yield point
 
 
@@ -141,6 +145,7 @@ class Composer:
     def __init__(self, experiment: str, overrides: Sequence[str]) -> None:
         self.experiment = experiment
         self.overrides = [f"+experiment={experiment}", *_file_overrides(overrides)]
+        self._said = {override.lstrip("+~").partition("=")[0]: override for override in overrides}
         self._composed: dict[tuple[Choice, ...], Config] = {}
         self._entangled: set[Choice] = set()
         self._groups = {path.name for path in conf.directory().iterdir() if path.is_dir()}
@@ -156,7 +161,8 @@ class Composer:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
-        composed = self._chosen(())
+        composed = copy.deepcopy(self._chosen(()))
+        scale.resize(composed, self._said)
         try:
             filled = OmegaConf.to_container(OmegaConf.select(OmegaConf.create(composed), "sweep"), resolve=True)
         except OmegaConfBaseException as error:
@@ -165,6 +171,18 @@ class Composer:
         return filled  # type: ignore[return-value]
 
     def compose(self, point: Point) -> Config:
+        """Return the configuration of one point at the experiment's `scale`, with what stands for its model and data.
+
+        UserError as for `written`.
+        """
+        config = self.written(point)
+        if config["scale"]["name"] == scale.FULL:
+            return config
+        config = copy.deepcopy(self.written(point | scale.stand_ins(config)))  # compositions are shared
+        scale.resize(config, self._said)
+        return config
+
+    def written(self, point: Point) -> Config:
         """Return the configuration of one point as plain dictionaries, interpolations resolved, without `sweep`.
 
         UserError for a group's unknown choice or a key that does not exist.

@@ -2,33 +2,32 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from espalier import conf, intervals, markup
-from espalier.errors import UserError
-from espalier.intervals import Estimate
+from espalier import conf, intervals, pairs, renderings
+from espalier.beside import Beside
+from espalier.measured import Measured, accuracy_difference, divergence, log_perplexity, measure, measures, values
 from espalier.passes import passes
-from espalier.published import Comparison, Row
-from espalier.samples import load_samples, load_scores
+from espalier.published import MEAN, Comparison, Row
+from espalier.scale import FULL
 from espalier.store import Store, atomic_file, read_json, run_record_path, write_json
 
 FORMAT = "espalier.table/1"
-MEAN = "mean accuracy"
 PHASES = ("prefill", "decode")  # that are timed
 GEOMETRIC = "perplexity"  # the summary's geometric mean over domains
 COLUMNS = (
-    "label", "method", "ratio", "seed", "task", "metric", "value", "low", "high", "items", "delta", "delta_low",
-    "delta_high", "published", "published_delta", "plan", "commit", "dirty",
+    "label", "model", "method", "ratio", "seed", "task", "metric", "value", "low", "high", "items", "delta",
+    "delta_low", "delta_high", "published", "published_delta", "published_z", "beyond", "stored", "unique", "active",
+    "calibration", "plan", "commit", "dirty",
 )  # fmt: skip
+PAIR_COLUMNS = ("model", "share", "measure", "first", "second", "value", "low", "high", "p", "p_holm", "better")
 
 Document = dict[str, Any]
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -44,221 +43,143 @@ class Table:
     document: Document
 
     def write(self, stem: Path) -> list[Path]:
-        """Write stem.csv and stem.parquet (tidy), stem.md, stem.tex (summary), and last stem.json (both)."""
-        paths = {suffix: stem.with_name(stem.name + suffix) for suffix in (".csv", ".parquet", ".md", ".tex", ".json")}
-        with atomic_file(paths[".csv"]) as temporary:
-            self.tidy.to_csv(temporary, index=False)
-        with atomic_file(paths[".parquet"]) as temporary:
+        """Write stem.csv and .parquet (tidy), .pairs.csv, .md, .tex and .html (renderings), and last .json (all)."""
+        frames = {".csv": self.tidy, ".pairs.csv": pd.DataFrame(self.document["pairs"], columns=list(PAIR_COLUMNS))}
+        texts = {".md": renderings.markdown, ".tex": renderings.latex, ".html": renderings.page}
+        paths = [stem.with_name(stem.name + suffix) for suffix in (*frames, ".parquet", *texts, ".json")]
+        for frame, path in zip(frames.values(), paths, strict=False):
+            with atomic_file(path) as temporary:
+                frame.to_csv(temporary, index=False)
+        with atomic_file(stem.with_name(f"{stem.name}.parquet")) as temporary:
             self.tidy.to_parquet(temporary, index=False)
-        for suffix, text in ((".md", markup.markdown(self.document)), (".tex", markup.latex(self.document))):
-            with atomic_file(paths[suffix]) as temporary:
-                temporary.write_text(text)
-        write_json(paths[".json"], self.document)
-        return list(paths.values())
-
-
-@dataclass
-class Measured:
-    """One row of the table's configuration with what was measured of it."""
-
-    row: Document
-    results: dict[str, Document] = field(default_factory=dict)  # by task
-    samples: dict[str, pd.DataFrame] = field(default_factory=dict)
-    counts: dict[str, float | None] = field(default_factory=dict)
-    records: list[Document] = field(default_factory=list)
-    speed: Document | None = None
-
-    @property
-    def dirty(self) -> bool:
-        return any(record.get("dirty") for record in self.records)
-
-    @property
-    def commit(self) -> str | None:
-        return next((record["commit"] for record in self.records if record.get("commit")), None)
+        for suffix, render in texts.items():
+            with atomic_file(stem.with_name(stem.name + suffix)) as temporary:
+                temporary.write_text(render(self.document), encoding="utf-8")
+        write_json(paths[-1], self.document)
+        return paths
 
 
 def make_table(config: Document, store: Store) -> Table:
     """Assemble the table of an experiment's rows (the configuration of a table node).
 
-    Rows of one label differ in their seed and become one line. UserError when seeds or the uncompressed model
-    were scored on other items than the row.
+    Rows of one label differ in their seed and become one line. Each row is compared with the first uncompressed one of
+    its model. UserError when seeds or the uncompressed model were scored on other items than the row.
     """
-    measured = [_measure(row, store) for row in config["rows"]]
-    base = None if config["baseline"] is None else measured[config["baseline"]]
+    measured = [measure(row, store) for row in config["rows"]]
+    bases = {one.row["model"]: one for one in reversed(measured) if one.row["weights"] == one.row["model"]}
     groups: dict[str, list[Measured]] = {}
     for one in measured:
         groups.setdefault(one.row["label"], []).append(one)
-    model = _model(config["rows"][0]["weights"], store)
-    experts = None if base is None else base.counts["experts"]
-    comparison = _comparison(config.get("compare"), model["id"], None if experts is None else int(experts))
+    same = config["scale"] == FULL  # models and tasks as published
+    beside = _beside(config, measured, bases, same)
     tidy = pd.DataFrame(
-        [line for one in measured for line in _tidy(one, base, comparison)], columns=list(COLUMNS)
-    ).astype({"seed": "Int64", "items": "Int64"})
-    summary = [_summary(group, base, comparison, store) for group in groups.values()]
+        [line for one in measured for line in _tidy(one, bases.get(one.row["model"]), beside, store)],
+        columns=list(COLUMNS),
+    ).astype({"seed": "Int64", "items": "Int64", "beyond": "boolean"})
+    summary = [_summary(group, bases.get(group[0].row["model"]), beside, store) for group in groups.values()]
+    of_base = {one.row["label"]: bases[one.row["model"]].row["label"] for one in measured if one.row["model"] in bases}
+    by_label = {line["label"]: line for line in summary}
+    models = [_model(id, store) for id in dict.fromkeys(one.row["model"] for one in measured)]
+    first = bases.get(measured[0].row["model"])
     document = {
         "format": FORMAT,
         "experiment": config["experiment"],
-        "model": model,
-        "baseline": None if base is None else base.row["label"],
-        "compare": _compare_name(config.get("compare")),
+        "command": " ".join(["espalier run", config["experiment"], *config.get("_overrides", [])]),
+        "scale": config["scale"],
+        "not_reproduction": _why_not(config, measured, models),
+        "model": models[0],
+        "models": models,
+        "baseline": None if first is None else first.row["label"],
+        "baselines": of_base,
+        "compare": config["compare"] and config["compare"]["file"],
         "tasks": _tasks(measured),
         "task_order": list(_tasks(measured)),  # the file's objects are sorted by key
         "summary": summary,
+        "published": [] if beside is None else beside.document(
+            summary, {label: by_label[base] for label, base in of_base.items()}
+        ),
+        "pairs": pairs.compare(list(groups.values())),
         "tidy": _records(tidy),
         "runs": _runs(measured),
         "passes": passes(config["rows"], store),
-    }
+    }  # fmt: skip
     return Table(tidy, summary, _finite(document))
 
 
-def _measure(row: Document, store: Store) -> Measured:
-    one = Measured(row)
-    documents: dict[Path, Document] = {}
-    frames: dict[Path, pd.DataFrame] = {}
-    for task, node in row["scores"].items():
-        path = store.path(node)
-        if path not in documents:
-            documents[path], frames[path] = load_scores(path), load_samples(path)
-        one.results[task] = documents[path]["tasks"][task]
-        frame = frames[path]
-        one.samples[task] = frame[frame["task"] == task].set_index("item")
-    # The active parameters of the process that measured them on the most text.
-    most = max(documents.values(), key=lambda document: document["active"]["tokens"])
-    one.counts = most["parameters"] | {"active": most["active"]["parameters"], "neurons": most["active"].get("neurons")}
-    shares = list(most["active"].get("depth", {}).values())
-    one.counts["entered"] = float(np.mean(shares)) if shares else None
-    if "speed" in row:
-        one.speed = read_json(store.path(store.read_node(row["speed"])), "espalier.speed/1")
-    artefacts = [*documents, store.path(row["weights"]), *([store.path(row["plan"])] if row["plan"] else [])]
-    records = [run_record_path(path) for path in artefacts]
-    one.records = [read_json(path, "espalier.run/1") for path in records if path.exists()]
-    return one
+def _model(fetch: str, store: Store) -> Document:
+    config = store.read_node(fetch)["config"]
+    return {"node": fetch, "id": config.get("id"), "revision": config.get("revision")}
 
 
-def _model(weights: str, store: Store) -> Document:
-    """Identify the model that the first row's weights come from."""
-    node = store.read_node(weights)
-    node = store.origin(node)
-    return {"id": node["config"].get("id"), "revision": node["config"].get("revision")}
-
-
-def _compare_name(compare: Document | str | None) -> str | None:
-    return compare["file"] if isinstance(compare, dict) else compare
-
-
-def _comparison(compare: Document | str | None, model: str | None, experts: int | None) -> Comparison | None:
-    name = _compare_name(compare)
-    if name is None:
+def _beside(config: Document, measured: Sequence[Measured], bases: Mapping[str, Measured], same: bool) -> Beside | None:
+    compare = config["compare"]
+    if compare is None:
         return None
-    return Comparison(conf.directory() / name, model, experts)  # an absolute path stays as it is
+    counts = [one.counts["experts"] for one in bases.values() if one.counts["experts"]]
+    experts = int(counts[0]) if len(counts) == 1 else None  # of the one model, where the file names no baseline
+    options = {"table": compare.get("table"), "models": compare.get("models")}
+    # An absolute path stays as it is.
+    comparison = Comparison(conf.directory() / compare["file"], experts, **options)
+    rows: dict[str, Row] = {}
+    for one in measured:
+        plain = one.row.get("then") is None and not one.row.get("tuning")
+        row = Row(one.row["label"], one.row["method"], plain, one.row["published"])
+        rows.setdefault(row.label, row)
+    return Beside(comparison, list(rows.values()), compare.get("tasks") or {}, same)
 
 
-def _values(group: Sequence[Measured], task: str, column: str) -> Array:
-    """Return float [S, n] of a column of the task's samples, items in the first row's order."""
-    first = group[0].samples[task]
-    rows = []
-    for one in group:
-        frame = one.samples[task]
-        if len(frame) != len(first) or not frame.index.equals(first.index):
-            raise UserError(
-                f"table: task {task} was scored on {len(frame)} items for {one.row['label']!r} and on {len(first)} "
-                f"(or others) for {group[0].row['label']!r}. Score both with one evaluation.limit."
-            )
-        rows.append(frame[column].to_numpy(dtype=np.float64))
-    return np.stack(rows)
+def _why_not(config: Document, measured: Sequence[Measured], models: Sequence[Document]) -> list[str]:
+    """Say why a table reproduces nothing; no sentence where nothing speaks against it."""
+    reasons = []
+    if config["scale"] != FULL:
+        ours = [str(model["id"]) for model in models]
+        written = dict.fromkeys(str(each["model"]) for one in measured for each in one.row["published"])
+        others = [id for id in written if id not in ours]
+        instead = f"{', '.join(ours)} in place of {', '.join(others)}, and " if others else ""
+        reasons.append(
+            f"Not a reproduction (scale={config['scale']}): {instead}embedded texts, tasks and small budgets. "
+            "Published numbers are shown beside ours and not compared with them."
+        )
+    limits = {one.limit for one in measured if one.limit}
+    if limits and not reasons:
+        reasons.append(
+            f"Not a reproduction: no more than {max(limits)} items of a task were scored (evaluation.limit, documents)."
+        )
+    return reasons
 
 
-def _log_perplexity(group: Sequence[Measured], base: Measured | None, task: str) -> tuple[Estimate, Estimate | None]:
-    """Return the log-perplexity and its paired difference from `base`; no difference between other tokenisers."""
-    nll, tokens = _values(group, task, "nll"), _values(group[:1], task, "tokens")[0]
-    found = intervals.estimate(nll, tokens)
-    if base is None or task not in base.samples:
-        return found, None
-    both = [group[0], base]
-    if not np.array_equal(*_values(both, task, "tokens")):
-        return found, None
-    return found, intervals.estimate(nll - _values(both, task, "nll")[1], tokens)
+def _accuracies(one: Measured) -> list[str]:
+    """Metrics of the choice tasks, which the mean accuracy is over."""
+    return [one.results[task]["metric"] for task in one.of_kind("choice")]
 
 
-def _divergence(group: Sequence[Measured], task: str) -> Estimate:
-    return intervals.estimate(_values(group, task, "kl"), _values(group[:1], task, "tokens")[0])
-
-
-def _accuracy_difference(
-    group: Sequence[Measured], base: Measured | None, task: str, column: str = "correct"
-) -> Estimate | None:
-    if base is None or task not in base.samples:
-        return None
-    return intervals.estimate(_values(group, task, column) - _values([group[0], base], task, column)[1])
-
-
-def _measures(group: Sequence[Measured], base: Measured | None, task: str) -> dict[str, Document]:
-    """Return {metric: value, low, high, items, delta, delta_low, delta_high} of a task, its own metric first."""
-    result = group[0].results[task]
-    blank = dict.fromkeys(("low", "high", "delta", "delta_low", "delta_high")) | {"items": result["items"]}
-    if result["kind"] == "perplexity":
-        own, difference = _log_perplexity(group, base, task)
-        value, low, high = own.exp()
-        found = blank | {"value": value, "low": low, "high": high}
-        if difference is not None and group[0] is not base:
-            found |= dict(zip(("delta", "delta_low", "delta_high"), (x - 1 for x in difference.exp()), strict=True))
-        sizes = [one.results[task]["bits_per_byte"] for one in group]
-        return {"perplexity": found, "bits_per_byte": blank | {"value": float(np.mean(sizes))}}
-    if result["kind"] == "divergence":
-        kl = _divergence(group, task)
-        low, high = kl.interval()
-        return {"kl": blank | {"value": kl.value, "low": low, "high": high}}
-    if result["kind"] == "other":
-        values = [one.results[task]["value"] for one in group]
-        return {result["metric"]: blank | {"value": float(np.mean(values))}}
-    found_by_metric = {}
-    others = [m for m in result["metrics"] if m != result["metric"] and m in group[0].samples[task]]
-    for metric in (result["metric"], *others):
-        value, low, high = intervals.accuracy_interval(_values(group, task, metric))
-        found = blank | {"value": value, "low": low, "high": high}
-        difference = None if group[0] is base else _accuracy_difference(group, base, task, metric)
-        if difference is not None:
-            low, high = difference.interval()
-            found |= {"delta": difference.value, "delta_low": low, "delta_high": high}
-        found_by_metric[metric] = found
-    return found_by_metric
-
-
-def _tidy(one: Measured, base: Measured | None, comparison: Comparison | None) -> list[Document]:
+def _tidy(one: Measured, base: Measured | None, beside: Beside | None, store: Store) -> list[Document]:
     row = {key: one.row[key] for key in ("label", "method", "ratio", "seed", "plan")}
+    row |= {"model": store.read_node(one.row["model"])["config"]["id"], "commit": one.commit, "dirty": one.dirty}
+    row |= {count: one.counts[count] for count in ("stored", "unique", "active")}
+    row["calibration"] = _calibration(one.row["plan"], store)
     lines = []
     for task in one.results:
-        for metric, found in _measures([one], base, task).items():
-            line = row | {"task": task, "metric": metric, "commit": one.commit, "dirty": one.dirty} | found
-            lines.append(line | _beside(one, comparison, task, metric, found["value"]))
+        for metric, found in measures([one], base, task).items():
+            other = {} if beside is None else beside.found(row["label"], task, metric, _accuracies(one), found)
+            lines.append(row | {"task": task, "metric": metric} | found | other)
     return lines
 
 
-def _beside(one: Measured, comparison: Comparison | None, task: str, metric: str, value: float) -> Document:
-    if comparison is None:
-        return {}
-    ratio = one.row["ratio"]
-    row = Row(one.row["label"], one.row["method"], ratio, one.row.get("then") is None and not one.row.get("tuning"))
-    found = comparison.find(row, task, metric)
-    if found is None:
-        return {}
-    source = " ".join(part for part in (found.paper, found.table, f"({found.source})") if part)
-    return {"published": found.value, "published_delta": value - found.value, "published_source": source}
-
-
-def _summary(group: Sequence[Measured], base: Measured | None, comparison: Comparison | None, store: Store) -> Document:
+def _summary(group: Sequence[Measured], base: Measured | None, beside: Beside | None, store: Store) -> Document:
     first = group[0]
+    label = first.row["label"]
     tasks = {}
     for task in first.results:
-        metric, found = next(iter(_measures(group, base, task).items()))
-        kind = first.results[task]["kind"]
-        tasks[task] = (
-            {"kind": kind, "metric": metric} | found | _beside(first, comparison, task, metric, found["value"])
-        )
+        metric, found = next(iter(measures(group, base, task).items()))
+        other = {} if beside is None else beside.found(label, task, metric, _accuracies(first), found)
+        tasks[task] = {"kind": first.results[task]["kind"], "metric": metric} | found | other
     line: Document = {
-        "label": first.row["label"],
+        "label": label,
+        "model": store.read_node(first.row["model"])["config"]["id"],
         "method": first.row["method"],
         "ratio": first.row["ratio"],
+        "share": first.row.get("share"),
         "then": first.row.get("then"),
         "seeds": [one.row["seed"] for one in group],
         "plans": [one.row["plan"] for one in group if one.row["plan"]],
@@ -281,41 +202,41 @@ def _summary(group: Sequence[Measured], base: Measured | None, comparison: Compa
         line[phase] = {"value": value, "low": low, "high": high, "ideal": ideal}
     if timed and "entered" in line:
         line["cache"] = float(np.mean([found["cache"]["model"] / found["cache"]["original"] for found in timed]))
-    return line | _means(group, base, comparison)
+    return line | _means(group, base, beside)
 
 
-def _means(group: Sequence[Measured], base: Measured | None, comparison: Comparison | None) -> Document:
+def _means(group: Sequence[Measured], base: Measured | None, beside: Beside | None) -> Document:
     """Return the geometric mean of the perplexities, the mean divergence and accuracy, with paired differences."""
-    kinds = {task: result["kind"] for task, result in group[0].results.items()}
     line: Document = {}
-    texts = [task for task, kind in kinds.items() if kind == "perplexity"]
+    texts = group[0].of_kind("perplexity")
     if texts:
-        both = [[_log_perplexity([one], base, task) for task in texts] for one in group]
+        both = [[log_perplexity([one], base, task) for task in texts] for one in group]
         value, low, high = intervals.mean_over_seeds([[own for own, _ in by_task] for by_task in both]).exp()
         line[GEOMETRIC] = {"value": value, "low": low, "high": high, "ratio": None}
         ratios = [[d for _, d in by_task if d is not None] for by_task in both]
         if group[0] is not base and all(len(found) == len(texts) for found in ratios):
             ratio, low, high = intervals.mean_over_seeds(ratios).exp()
             line[GEOMETRIC] |= {"ratio": ratio, "ratio_low": low, "ratio_high": high}
-    answered = [task for task, kind in kinds.items() if kind == "divergence"]
+    answered = group[0].of_kind("divergence")
     if answered:
-        kl = [[_divergence([one], task) for task in answered] for one in group]
-        found = intervals.mean_over_seeds(kl)
+        found = intervals.mean_over_seeds([[divergence([one], task) for task in answered] for one in group])
         low, high = found.interval()
         line["kl"] = {"value": found.value, "low": low, "high": high}
-    choices = [task for task, kind in kinds.items() if kind == "choice"]
+    choices = group[0].of_kind("choice")
     if choices:
-        own = [[intervals.estimate(_values([one], task, "correct")) for task in choices] for one in group]
+        own = [[intervals.estimate(values([one], task, "correct")) for task in choices] for one in group]
         found = intervals.mean_over_seeds(own)
         low, high = found.interval()
-        line["accuracy"] = {"value": found.value, "low": low, "high": high, "delta": None}
-        paired = [[_accuracy_difference([one], base, task) for task in choices] for one in group]
+        line["accuracy"] = {"value": found.value, "low": low, "high": high, "error": found.error, "delta": None}
+        paired = [[accuracy_difference([one], base, task) for task in choices] for one in group]
         complete = [[d for d in by_task if d is not None] for by_task in paired]
         if group[0] is not base and all(len(by_task) == len(choices) for by_task in complete):
             difference = intervals.mean_over_seeds(complete)
             low, high = difference.interval()
             line["accuracy"] |= {"delta": difference.value, "delta_low": low, "delta_high": high}
-        line["accuracy"] |= _beside(group[0], comparison, MEAN, "acc", line["accuracy"]["value"])
+        if beside is not None:
+            label, metrics = group[0].row["label"], _accuracies(group[0])
+            line["accuracy"] |= beside.found(label, MEAN, "acc", metrics, line["accuracy"])
     return line
 
 
@@ -324,8 +245,8 @@ def _calibration(plan: str | None, store: Store) -> str | None:
     if plan is None:
         return None
     for parent in map(store.read_node, store.read_node(plan)["parents"]):
-        if parent["stage"] in ("probe", "fit"):
-            config = store.parent(parent, "tokens")["config"]
+        if parent["stage"] in ("probe", "fit", "tokens"):
+            config = (parent if parent["stage"] == "tokens" else store.parent(parent, "tokens"))["config"]
             keys = ("domains", "samples", "length", "seed", "content", "revision")
             facts = [f"{key} {_short(config[key])}" for key in keys if config.get(key) is not None]
             return f"{config.get('name', 'calibration')} ({', '.join(facts)})"

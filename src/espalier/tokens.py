@@ -185,6 +185,8 @@ def _files(calibration: dict[str, Any], where: str) -> dict[str, Path]:
         return {domain: text_directory() / domain / "calibration.jsonl" for domain in calibration["domains"]}
     if calibration["source"] == "file":
         path = Path(str(calibration["path"])).expanduser()
+        if calibration.get("_how") and not path.is_file():
+            raise UserError(f"{where}: path={path}: no such file. {calibration['_how']}")
         return {path.name: path}
     revision = calibration["revision"]
     if revision is None:
