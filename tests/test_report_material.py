@@ -186,10 +186,11 @@ NASTY = [
 
 @pytest.mark.parametrize("value", [*NASTY, 0, 1.5, 1e-5, True, None, [1, "a'"], []])
 def test_values_survive_hydras_grammar(value):
-    command = run_command("x", {"points": [{"method.key": value, "label": "n"}]}, Store().root, [0])
+    given = {"label": "n", "method.key": value, "paper.method": "n"}
+    command = run_command("x", {"points": [given]}, Store().root, [0])
     (override,) = OverridesParser.create().parse_overrides([shlex.split(command)[-1]])
     (point,) = points(override.value())
-    assert json.dumps(point) == json.dumps({"method.key": value, "label": "n"})
+    assert json.dumps(point, sort_keys=True) == json.dumps(given)
 
 
 def test_jobs_of_a_row_stand_after_those_that_they_read(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.store import Store, read_json, run_record_path
-from espalier.sweep import AS, LABEL, NAMES, overrides_of
+from espalier.sweep import AS, LABEL, NAMES
 
 Document = Mapping[str, Any]
 RESULTS = "results"  # where results lie if nobody says otherwise
@@ -87,7 +87,9 @@ def _block(point: Document) -> dict[str, Any]:
     """Return the block of a sweep that is this point alone, under the name that it has in the sweep."""
     names = point.get(NAMES, {})
     block: dict[str, Any] = {AS: point[LABEL]} if LABEL in point else {}
-    for key, value in overrides_of(dict(point)).items():
+    for key, value in point.items():
+        if key in (LABEL, NAMES):
+            continue
         if KEY.fullmatch(names.get(key, "")):
             block[key] = {names[key]: value}
         else:
