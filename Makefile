@@ -1,7 +1,8 @@
 # make demo: everything from a fresh clone to a table. make test: the tests. Both set up .venv first.
 PYTHON ?= python3
 VENV ?= .venv
-CORES ?= $(shell nproc)
+# nproc answers with OMP_NUM_THREADS where that is set.
+CORES ?= $(shell env -u OMP_NUM_THREADS nproc)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PAPERS ?= $(sort $(notdir $(basename $(shell grep -l 'file: paper/' conf/experiment/*.yaml))))

@@ -67,6 +67,7 @@ def measure(row: Document, store: Store) -> Measured:
     if "speed" in row:
         one.speed = read_json(store.path(store.read_node(row["speed"])), "espalier.speed/1")
     artefacts = [*documents, store.path(row["weights"]), *([store.path(row["plan"])] if row["plan"] else [])]
+    artefacts += [store.path(store.read_node(row[kind])) for kind in ("speed", "kernels") if kind in row]
     records = [run_record_path(path) for path in artefacts]
     one.records = [read_json(path, "espalier.run/1") for path in records if path.exists()]
     return one

@@ -62,11 +62,12 @@ def checkpoint(id: str, scratch: Path | None, make: Callable[[Path], None]) -> I
     try:
         base.mkdir(parents=True, exist_ok=True)
         remove_abandoned(base)
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+        folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=base))
     except OSError as error:
         raise UserError(f"runtime.scratch={base}: {error.strerror}. Name a folder that jobs may write to.") from error
     with (folder / LOCK).open("w") as lock, _terminated(id):
         fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = folder.rename(base / folder.name[1:])  # seen by other jobs from here on, locked
         try:
             make(folder / id)
             yield folder / id
