@@ -182,6 +182,7 @@ def test_add_a_family(copy):
     assert yaml.safe_load((copy / "smaller-flex-olmo/config.json").read_text())["num_experts"] == 6
 
 
+@pytest.mark.slow
 def test_add_a_task_and_a_table(copy):
     read(copy, "docs/add_a_task.md", "docs/add_a_table.md")
     table = (copy / "results/refs/brackets/table.md").read_text()

@@ -464,7 +464,7 @@ def test_a_dry_run_prints_what_each_job_asks_for(tmp_path, monkeypatch):
     command = [sys.executable, "-m", "espalier", "run", "mine", "--dry-run", "--profile", "slurm"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    found = re.findall(r"^Job \d+: (collect|apply|score) .*\((\d+) MB, (\d+) min\)$", run.stdout + run.stderr, re.M)
+    found = re.findall(r"^ *Job \d+: (collect|apply|score) .*\((\d+) MB, (\d+) min\)$", run.stdout + run.stderr, re.M)
     for stage in ("collect", "apply", "score"):
         (least, fast), (most, slow) = sorted((int(mb), int(minutes)) for name, mb, minutes in found if name == stage)
         if stage == "apply":  # the smaller model's proof is loaded whole, the larger one's layer by layer

@@ -134,7 +134,8 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     mine, abandoned = f".{path.name}.{host}.{os.getppid()}.tmp", f".{path.name}.{host}.{dead.pid}.tmp"
     elsewhere, others = f".{path.name}.other-machine.{dead.pid}.tmp", f".stats.json.{host}.{dead.pid}.tmp"
     for name in (mine, abandoned, elsewhere, others):
-        (tmp_path / name).write_text("half")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".tmpAbCdEf").write_text("half")  # a library's own temporary name
     with atomic_file(path) as temporary:
         temporary.write_text("whole")
     assert {p.name for p in tmp_path.iterdir()} == {path.name, mine, elsewhere, others}

@@ -13,6 +13,7 @@ GROUPS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_interpreted_kernels_equal_plain_loops(group):
     run = subprocess.run(

@@ -147,6 +147,7 @@ def run_killed(source: Path, plan: Path, out: Path, moments: list[int]):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again(source, uninterrupted, tmp_path):
     PLAN.save(tmp_path / "plan.json")
     [[_, lines]] = run_killed(source, tmp_path / "plan.json", tmp_path / "whole", [0])

@@ -450,6 +450,7 @@ def test_no_tuning_text_is_test_text():
     assert shared == 0
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_command_with_one_line_and_the_same_command_goes_on(tmp_path):
     """The node's command, terminated while it trains, then run again, against one that was left alone."""
     from espalier.store import Node, Store

@@ -105,6 +105,7 @@ def make(experiment, store):
             del waiting[node["id"]]
 
 
+@pytest.mark.slow
 def test_the_pipeline_tunes_scores_and_names_the_result(tmp_path, monkeypatch):
     store = project(tmp_path, monkeypatch, ["method: none"])
     small = ["tuning.tokens", "tuning.calibration.samples", "tuning.calibration.length"]

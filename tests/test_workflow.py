@@ -91,6 +91,7 @@ def pretend_done(project):
             os.utime(path.parent, (stamp, stamp))
 
 
+@pytest.mark.slow
 def test_a_change_schedules_what_it_must(project):
     write_experiment(project, BASE)
     assert jobs(project) == {

@@ -216,7 +216,10 @@ def _remove_abandoned(path: Path) -> None:
         try:
             os.kill(int(writer), 0)
         except ProcessLookupError:
-            left.unlink(missing_ok=True)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
         except OSError:  # it runs, as somebody else's
             pass
 
@@ -229,14 +232,17 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it on success, remove it on failure.
+    """Yield a path of that name in a temporary folder beside `path`; move it there on success, remove it on failure.
 
+    A folder, since libraries (safetensors) write to temporary names of their own beside the one that they are given.
     What a process that was killed here left behind goes too. Raises UserError when the disk is full; whatever `path`
     held before stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    folder = _temporary(path)
+    temporary = folder / path.name
     try:
+        folder.mkdir(exist_ok=True)
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else may read
         temporary.replace(path)
@@ -249,7 +255,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             raise _disk_error(OSError(errno.ENOSPC, str(error)), path) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def stable_header(path: Path) -> None:
