@@ -34,8 +34,8 @@ OVERRIDES = [
     "calibration.samples=8",
     "sweep=[{method: none},{method: reap, method.ratio: 0.5},{method: naee_skip}]",
 ]
-# What comes from the runs' records: the seconds that plans took, and the commit, which may change meanwhile.
-RECORDED = ("runs", "plan_seconds", "commit", "dirty")
+# What the runs say of themselves: their commands, the seconds that plans took, the commit, which may change meanwhile.
+RECORDED = ("runs", "command", "plan_seconds", "commit", "dirty")
 
 
 class Demo:
