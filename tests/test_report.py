@@ -11,7 +11,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from espalier import markup
 from espalier.figures import style
 from espalier.report.material import Material
 from report_material import line, material, table, write
@@ -158,14 +157,19 @@ def test_report_without_a_baseline_is_made(tmp_path: Path) -> None:
     assert write(tmp_path / "r.html", Material(table(lines, None))).exists()
 
 
-def test_further_tables_are_shown_as_markup_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sections_of_other_renderings_are_shown_too(tmp_path: Path) -> None:
     content = material()
-    worse = replace(content, table=content.table | {"not_reproduction": ["A small run: not a reproduction of it."]})
-    rows = [["hc_smoe 33 %", "reap 33 %", "0.1 [0.0, 0.2]"]]
-    monkeypatch.setattr(markup, "pair_rows", lambda document: (["best", "other", "difference"], rows), raising=False)
-    text = " ".join(read(write(tmp_path / "r.html", worse)).text)
-    for said in ("A small run: not a reproduction of it.", "Methods in pairs, on the same items.", "0.1 [0.0, 0.2]"):
-        assert said in text
+    pair = {"model": "a", "share": 0.5, "measure": "perplexity", "first": "hc_smoe 33 %", "second": "reap 33 %"}
+    pair |= {"value": 0.8, "low": 0.75, "high": 0.9, "p": 1e-4, "p_holm": 2e-4, "better": "hc_smoe 33 %"}
+    said = {"not_reproduction": ["A small run: not a reproduction of it."], "pairs": [pair]}
+    text = " ".join(read(write(tmp_path / "r.html", replace(content, table=content.table | said))).text)
+    for shown in (
+        "A small run: not a reproduction of it.",
+        "Methods in pairs.",
+        "compared on the same items",
+        "reap 33 % (1.25 [1.11, 1.33], p < 0.001)",
+    ):
+        assert shown in text
 
 
 def test_equal_inputs_make_equal_reports(tmp_path: Path) -> None:

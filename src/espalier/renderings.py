@@ -27,11 +27,12 @@ from espalier.markup import (
 
 Document = Mapping[str, Any]
 Rows = tuple[list[str], list[list[str]]]
+BY_TASK = "By task"  # the section that every table has
 
 
 def sections(table: Document) -> Iterator[tuple[str, Rows, list[str]]]:
     """Yield title, header with rows, and explaining sentences of what comes after the table of means."""
-    yield "By task", task_rows(table), []
+    yield BY_TASK, task_rows(table), []
     published = published_rows(table)
     if published[1]:
         yield f"Beside published numbers ({table['compare']})", published, published_legend(table)

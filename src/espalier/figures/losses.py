@@ -23,7 +23,6 @@ EVIDENCE = {
     "arank": "ARank",
     "mean_cka": "mean CKA of two experts",
 }
-ACROSS = 3
 WIDE = 20.0  # the largest value over the smallest, from which an axis is logarithmic
 
 
@@ -38,15 +37,10 @@ def losses(plans: Mapping[str, Sequence[Plan]]) -> Figure | None:
                 panels.setdefault((str(plan.method.get("name")), key), {})[label] = values
     if not panels:
         return None
-    across = min(ACROSS, len(panels))
-    down = -(-len(panels) // across)
-    figure = style.new_figure(style.WIDTH * across / ACROSS + (0 if across > 1 else 1.5), 3.0 * down)
-    grid = figure.subplots(down, across, squeeze=False)
-    for axes, ((method, key), lines) in zip(grid.flat, panels.items(), strict=False):
+    figure, grid = style.panels(len(panels), 3.0)
+    for axes, ((method, key), lines) in zip(grid, panels.items(), strict=True):
         _panel(axes, lines)
         axes.set_title(f"{method}\n{EVIDENCE[key]}", loc="left", fontsize=8.5)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
     return figure
 
 

@@ -44,6 +44,7 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "path",  # looks alike everywhere, and no name in it is ever markup
 }
 WIDTH = 10.5  # inches
+ACROSS = 3  # panels in a row
 LEGEND_ROWS, LEGEND_COLUMNS = 16, 4  # of names beside the panels; below them
 LONGEST = 44  # characters of a name in a figure
 
@@ -58,6 +59,21 @@ def styled(draw: Draw) -> Draw:
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure, in inches."""
     return Figure(figsize=(width, height))
+
+
+def panels(number: int, high: float, below: float = 0.0) -> tuple[Figure, list[Any]]:
+    """Return a figure of `number` panels, `high` inches each, and their axes; `ACROSS` stand in a row.
+
+    below: inches that are added for a legend.
+    """
+    across = min(ACROSS, number)
+    down = -(-number // across)
+    # A panel alone is wider than one of several: its labels need as much room.
+    figure = new_figure(WIDTH * across / ACROSS + (0 if across > 1 else 1.5), high * down + below)
+    grid = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in grid[number:]:
+        axes.set_visible(False)
+    return figure, grid[:number]
 
 
 def shade(number: int) -> tuple[str, str]:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from espalier.figures import style
 from espalier.report.curves import Curve
 
-ACROSS = 3
 SMOOTH = 40  # parts of a curve over which steps are averaged
 NAMES = {"kl": "KL divergence, nats", "lm": "next-token loss, nats", "active": "share that runs or enters"}
 
@@ -28,11 +27,8 @@ def training(curves: Sequence[Curve]) -> Figure | None:
     terms = list(dict.fromkeys(term for curve in curves for term in curve.terms))
     if not terms:
         return None
-    across = min(ACROSS, len(terms))
-    down = -(-len(terms) // across)
-    figure = style.new_figure(style.WIDTH * across / ACROSS + (0 if across > 1 else 1.5), 2.7 * down + 0.2)
-    grid = figure.subplots(down, across, squeeze=False)
-    for axes, term in zip(grid.flat, terms, strict=False):
+    figure, grid = style.panels(len(terms), 2.7, below=0.2)
+    for axes, term in zip(grid, terms, strict=True):
         drawn = []
         for n, curve in enumerate(curves):
             if term in curve.terms:
@@ -48,10 +44,8 @@ def training(curves: Sequence[Curve]) -> Figure | None:
         axes.set_title(NAMES.get(term, term), loc="left")
         axes.set_xlabel(curves[0].unit)
         axes.grid(axis="y")
-    for axes in grid.flat[len(terms) :]:
-        axes.set_visible(False)
     handles: dict[str, Any] = {}
-    for axes in grid.flat:
+    for axes in grid:
         handles |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     style.legend(figure, list(handles.values()), list(handles))
     return figure
@@ -68,11 +62,8 @@ def layerwise(curves: Mapping[str, Mapping[int, Curve]]) -> Figure | None:
     """Draw the loss of routers that were tuned layer by layer, a panel a label, a line a layer; None for none."""
     if not curves:
         return None
-    across = min(ACROSS, len(curves))
-    down = -(-len(curves) // across)
-    figure = style.new_figure(style.WIDTH * across / ACROSS + (0 if across > 1 else 1.5), 2.7 * down)
-    grid = figure.subplots(down, across, squeeze=False)
-    for axes, (label, layers) in zip(grid.flat, curves.items(), strict=False):
+    figure, grid = style.panels(len(curves), 2.7)
+    for axes, (label, layers) in zip(grid, curves.items(), strict=True):
         for n, (layer, curve) in enumerate(sorted(layers.items())):
             tint = matplotlib.colormaps["viridis"](0.15 + 0.75 * n / max(1, len(layers) - 1))
             x, y = smooth(np.array(curve.places), np.array(curve.terms["loss"]))
@@ -80,11 +71,9 @@ def layerwise(curves: Mapping[str, Mapping[int, Curve]]) -> Figure | None:
         axes.set_title(style.short(label, 34), loc="left")
         axes.set_xlabel(next(iter(layers.values())).unit)
         axes.grid(axis="y")
-    for axes in grid[:, 0]:
+    for axes in grid[:: style.ACROSS]:
         axes.set_ylabel("loss")
-    for axes in grid.flat[len(curves) :]:
-        axes.set_visible(False)
-    handles, names = grid.flat[0].get_legend_handles_labels()
+    handles, names = grid[0].get_legend_handles_labels()
     shown = style.evenly(range(len(names)), 12)
     figure.legend([handles[n] for n in shown], [names[n] for n in shown], title="layer",
                   loc="outside right upper", frameon=False)  # fmt: skip

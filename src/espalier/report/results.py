@@ -3,43 +3,27 @@
 from collections.abc import Mapping
 from typing import Any
 
-from espalier import markup
+from espalier import markup, renderings
 from espalier.report.page import Section, bullets, strong, table
 
 Document = Mapping[str, Any]
 
-# Tables of `markup` that a document may have rows for, with their captions; one that this version lacks is left out.
-FURTHER = {
-    "published_rows": "Beside published numbers ({compare}). Models, data and harness may differ.",
-    "pair_rows": "Methods in pairs, on the same items.",
-}
 HINT = (
     "Two methods differ when the intervals of their comparison with the uncompressed model are well apart; the "
     "intervals of the values themselves are wider, since they also hold how hard the items are."
 )
 
 
-def _no_rows(document: Document) -> tuple[list[str], list[list[str]]]:
-    return [], []
-
-
 def measured(document: Document, anchors: Mapping[str, str]) -> Section:
     """Return the tables of a table document; `anchors` are the places on the page that say how a label was made."""
     links = [anchors.get(line["label"], "made") for line in document["summary"]]
     parts = [strong(reason) for reason in document.get("not_reproduction") or ()]
-    parts += [
-        table(*markup.main_rows(document), "Means over the tasks, with 95 % intervals.", links=links, sortable=True),
-        table(
-            *markup.task_rows(document),
-            "Each task: perplexity (ppl) of a text, divergence (KL) in nats a token, or accuracy in percent.",
-            links=links,
-            sortable=True,
-        ),
-    ]
-    for rows_of, note in FURTHER.items():
-        header, rows = getattr(markup, rows_of, _no_rows)(document)
-        if rows:
-            parts.append(table(header, rows, note.format(**document), sortable=True))
+    parts.append(
+        table(*markup.main_rows(document), "Means over the tasks, with 95 % intervals.", links=links, sortable=True)
+    )
+    for title, (header, rows), said in renderings.sections(document):
+        own = links if title == renderings.BY_TASK else ()
+        parts.append(table(header, rows, " ".join([f"{title}.", *said]), links=own, sortable=True))
     return Section("results", "Results", "\n".join(parts))
 
 
