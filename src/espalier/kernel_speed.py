@@ -254,7 +254,5 @@ def _skipped(weights: ExpertWeights, layer: int, arrays: dict[str, NDArray[Any]]
         return None
     names = {"expert_map": family.expert_map_tensor(layer), "skip_factor": family.skip_factor_tensor(layer)}
     tensors = {key: checkpoint.tensor(name) for key, name in names.items() if name in checkpoint.entries}
-    picks, factors = torch.from_numpy(arrays["experts"]).long(), torch.from_numpy(arrays["weights"]).float()
-    falling, order = factors.sort(dim=-1, descending=True, stable=True)
-    kept = modeling_espalier._kept(falling, picks.gather(-1, order), SimpleNamespace(**tensors), rule)
-    return ~kept.gather(-1, order.argsort(dim=-1)).numpy()
+    weighed, picks = torch.from_numpy(arrays["weights"]).float(), torch.from_numpy(arrays["experts"]).long()
+    return ~modeling_espalier.kept_slots(weighed, picks, SimpleNamespace(**tensors), rule).numpy()

@@ -141,8 +141,7 @@ def _route(experts: Any, inputs: Routed, *, block: Any, skip: dict[str, Any] | N
     weights = routing.float()
     kept = torch.ones_like(indices, dtype=torch.bool)
     if skip is not None:
-        falling, order = weights.sort(dim=-1, descending=True, stable=True)
-        kept = _kept(falling, indices.gather(-1, order), block, skip).gather(-1, order.argsort(dim=-1))
+        kept = kept_slots(weights, indices, block, skip)
         if getattr(block, "attention_received", None) is not None:
             kept = kept | _protected(hidden, block, skip["protect"])
         left = weights * kept
@@ -219,6 +218,12 @@ def _protected(hidden: torch.Tensor, block: Any, fraction: float) -> torch.Tenso
     number = (tokens.double() * fraction - 1e-9).ceil().masked_fill(tokens < 2, 0)
     protected: torch.Tensor = order.argsort(dim=-1) < number
     return protected.reshape(-1, 1)
+
+
+def kept_slots(weights: torch.Tensor, indices: torch.Tensor, block: Any, skip: dict[str, Any]) -> torch.Tensor:
+    """Which of its K experts a token runs, bool [T, K], for the router's float32 weights and its rows `indices`."""
+    falling, order = weights.sort(dim=-1, descending=True, stable=True)
+    return _kept(falling, indices.gather(-1, order), block, skip).gather(-1, order.argsort(dim=-1))
 
 
 def _kept(weights: torch.Tensor, indices: torch.Tensor, block: Any, skip: dict[str, Any]) -> torch.Tensor:

@@ -41,17 +41,7 @@ class DenseFFN:
         """Return views of the parameters of a stock FFN, whose `names` and `layout` are those that `known` returns."""
         gate = None if names[0] is None else getattr(module, names[0])
         up, down = getattr(module, names[1]), getattr(module, names[2])
-        first = Weights(
-            None if gate is None else gate.weight[None],
-            up.weight[None],
-            (0, *up.weight.stride()),
-            None if gate is None or gate.bias is None else gate.bias[None],
-            None if up.bias is None else up.bias[None],
-            (0, 1),
-            layout.width,
-            layout.hidden,
-        )
-        return cls(layout, first, down.weight[None], None if down.bias is None else down.bias[None])
+        return cls(layout, Weights.of_ffn(gate, up), down.weight[None], None if down.bias is None else down.bias[None])
 
 
 @cache

@@ -51,21 +51,11 @@ class NeuronFFN:
         by_neuron = ffn._down_by_neuron()  # [F, D]
         hidden, width = up.in_features, up.out_features
         layout = ExpertLayout.of_ffn(ffn._activation, hidden, width, gated=gate is not None, biased=up.bias is not None)
-        first = Weights(
-            None if gate is None else gate.weight[None],
-            up.weight[None],
-            (0, *up.weight.stride()),
-            None if gate is None or gate.bias is None else gate.bias[None],
-            None if up.bias is None else up.bias[None],
-            (0, 1),
-            width,
-            hidden,
-        )
         router = ffn.router
         most = len(ffn.units) if router.choose == "threshold" else router.k
         return cls(
             layout,
-            first,
+            Weights.of_ffn(gate, up),
             by_neuron.t()[None],
             None if down.bias is None else down.bias[None],
             NeuronLists.of(lists + ([shared] if shared else []), up.weight.device),

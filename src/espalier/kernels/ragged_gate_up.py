@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from espalier.kernels.expert_layout import ACTIVATIONS, ExpertLayout
@@ -67,6 +67,20 @@ class Weights:
     width: int = 0  # F
     hidden: int = 0  # D
     interleaved: bool = False  # up lies one element after gate, and pairs are read together
+
+    @classmethod
+    def of_ffn(cls, gate: nn.Linear | None, up: nn.Linear) -> "Weights":
+        """Return views of a dense FFN's projections, [F, D] with biases [F] or none: those of one expert."""
+        return cls(
+            None if gate is None else gate.weight[None],
+            up.weight[None],
+            (0, up.weight.stride(0), up.weight.stride(1)),
+            None if gate is None or gate.bias is None else gate.bias[None],
+            None if up.bias is None else up.bias[None],
+            (0, 1),
+            up.out_features,
+            up.in_features,
+        )
 
     @classmethod
     def of(cls, stacked: Tensor, bias: Tensor | None, layout: ExpertLayout) -> "Weights":
