@@ -78,8 +78,8 @@ class Weights:
             None if gate is None or gate.bias is None else gate.bias[None],
             None if up.bias is None else up.bias[None],
             (0, 1),
-            up.out_features,
-            up.in_features,
+            up.weight.shape[0],
+            up.weight.shape[1],
         )
 
     @classmethod
