@@ -19,6 +19,8 @@ from espalier.tune_losses import divergences
 from espalier.windows import Documents, Window, cut_documents, padded
 
 CPU_TOKENS = 2304  # tokens a batch on a processor: more leave its cache (8 windows of 256 ran 1.4 times as fast as 32)
+CACHED = 2**21  # fp32 logits looked at together on a processor: 8 MB
+AT_ONCE = 2**27  # and elsewhere: 0.5 GB
 
 Progress = Callable[[int, int], None]
 Values = list[tuple[float, float]]  # nll and divergence of each window of a batch
@@ -170,17 +172,25 @@ def streamed_scores(
 def _window_values(logits: Tensor, batch: Sequence[Window], answers: Teacher | None) -> Values:
     """Return, summed over each window's predicted tokens, the negative log-likelihood and the divergence.
 
-    From logits [B, L, V]; row by row, since fp32 logits of a whole batch can be gigabytes.
+    From logits [B, L, V], some positions at a time: fp32 logits of a whole batch can be gigabytes, and those that stay
+    in a processor's cache are read four times as fast.
     """
     values = []
     told = None if answers is None else answers.rows([window.number for window in batch])
+    step = max(1, (CACHED if logits.device.type == "cpu" else AT_ONCE) // logits.shape[-1])
     for row, (_, ids, predicted, _) in enumerate(batch):
         targets = torch.tensor(ids[1:], device=logits.device)
-        own = logits[row, : len(targets)]
-        losses = functional.cross_entropy(own.float(), targets, reduction="none")
-        divergence = 0.0
-        if told is not None:
-            log_probs, indices = (part[row, : len(targets)].to(logits.device) for part in told)
-            divergence = float(divergences(own, log_probs, indices)[-predicted:].double().sum())
-        values.append((float(losses[-predicted:].double().sum()), divergence))
+        losses, apart = [], []
+        for start in range(len(targets) - predicted, len(targets), step):
+            places = slice(start, min(start + step, len(targets)))
+            own = logits[row, places].float()
+            losses.append(functional.cross_entropy(own, targets[places], reduction="none"))
+            if told is not None:
+                log_probs, indices = (part[row, places].to(logits.device) for part in told)
+                apart.append(divergences(own, log_probs, indices))
+        values.append((_sum(losses), _sum(apart)))
     return values
+
+
+def _sum(parts: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(parts)).double().sum()) if parts else 0.0
