@@ -21,13 +21,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from espalier import conf
-from espalier.checkpoint import Checkpoint
-from espalier.collect import collect
-from espalier.embedded.assets import model_directory
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.collect import collect
 from espalier.families import Family, family_of
+from espalier.inputs.assets import model_directory
+from espalier.inputs.tokens import make_tokens
 from espalier.probes import PROBES
-from espalier.shape import ModelShape
-from espalier.tokens import make_tokens
 
 ROUTED = ("usage", "output_norm", "logit_gram", "routing")
 BATCH = 8

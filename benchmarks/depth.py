@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.depth_count import count_depth
-from espalier.embedded.dense import smollm2_directory
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.stats import Stats
+from espalier.inputs.smollm2 import smollm2_directory
 from espalier.methods import build, make_plan
-from espalier.runtime import load
-from espalier.speed import cache_bytes
-from espalier.stats import Stats
+from espalier.models.depth_count import count_depth
+from espalier.models.runtime import load
+from espalier.surgery.apply import apply
+from espalier.timing.speed import cache_bytes
 
 
 def clock(threads: int) -> float:

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from espalier import kernels, sources
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.operations import Keep, Merge, Operation, Skip
-from espalier.plan import Plan
-from espalier.runtime import moe_blocks
+from espalier import kernels
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.inputs import sources
+from espalier.models.runtime import moe_blocks
+from espalier.plans.operations import Keep, Merge, Operation, Skip
+from espalier.plans.plan import Plan
+from espalier.surgery.apply import apply
 
 LIBRARY = ("eager", "grouped_mm")
 OURS = "espalier"

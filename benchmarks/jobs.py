@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from espalier import graph
-from espalier.hardware import Hardware
-from espalier.job_requests import Requests
-from espalier.store import Store, read_json, run_record_path
+from espalier.artefacts.store import Store, read_json, run_record_path
+from espalier.machine.hardware import Hardware
+from espalier.workflow import graph
+from espalier.workflow.job_requests import Requests
 from memory import LEAST, measure
 
 SWEEP = "[{method: none}, {method: [reap, hc_smoe], method.ratio: 0.5}, {method: naee, method.ratio: 0.25}]"

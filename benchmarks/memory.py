@@ -30,11 +30,11 @@ from typing import Any
 
 import numpy as np
 
-from espalier import estimate
-from espalier.estimate import Cost
-from espalier.hardware import Hardware
-from espalier.running import Running
-from espalier.sizes import Sizes, sizes_of_directory
+from espalier.costs import estimate
+from espalier.costs.estimate import Cost
+from espalier.costs.sizes import Sizes, sizes_of_directory
+from espalier.machine.hardware import Hardware
+from espalier.models.running import Running
 
 CHEAP, DENSE, GRAM = ("usage", "output_norm"), ("usage", "output_norm", "mean_output"), ("usage", "residual_gram")
 STREAMED = Running.of(device="cpu", stream="always", collect_batch_size=1, score_batch_size=1, apply_workers=2)
@@ -57,7 +57,7 @@ def generate(directory: Path, layers: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import MixtralConfig, PreTrainedTokenizerFast
 
-    from espalier.shards import OutputTensor, ShardWriter
+    from espalier.checkpoints.shards import OutputTensor, ShardWriter
 
     config = MixtralConfig(
         vocab_size=VOCABULARY,
@@ -119,7 +119,7 @@ def tokens() -> np.ndarray:
 
 
 def collect(work: Path, running: Running, probes: tuple[str, ...], name: str) -> None:
-    from espalier.collect import collect_checkpoint
+    from espalier.collecting.collect import collect_checkpoint
 
     state = work / f".{name}.partial"
     stats = collect_checkpoint(work / "model", "bfloat16", running, tokens(), None, probes, state=state)
@@ -128,10 +128,10 @@ def collect(work: Path, running: Running, probes: tuple[str, ...], name: str) ->
 
 
 def write(work: Path, method: str, name: str, prove: bool) -> None:
-    from espalier.apply import apply
-    from espalier.checkpoint import Checkpoint
+    from espalier.checkpoints.checkpoint import Checkpoint
+    from espalier.collecting.stats import Stats
     from espalier.methods import hc_smoe, reap
-    from espalier.stats import Stats
+    from espalier.surgery.apply import apply
 
     shape = Checkpoint(work / "model").shape()
     own = {"reap": reap.Reap, "hc_smoe": hc_smoe.HcSmoe}[method](0.5)
@@ -140,8 +140,8 @@ def write(work: Path, method: str, name: str, prove: bool) -> None:
 
 
 def score(directory: Path, running: Running) -> None:
-    from espalier import score as scoring
-    from espalier.checkpoint import Checkpoint
+    from espalier.checkpoints.checkpoint import Checkpoint
+    from espalier.scoring import score as scoring
 
     documents = [("a", " ".join(f"w{n}" for n in tokens().ravel()))]
     model = scoring._load_model(directory, Checkpoint(directory), "bfloat16", running)

@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.methods.naee import Naee
-from espalier.observe import BlockObserver, BlockTrace
+from espalier.models.observe import BlockObserver, BlockTrace
 from espalier.probes.residual_gram import ResidualGram
-from espalier.shape import ModelShape
-from espalier.stats import Stats
 
 
 def make_block(experts: int, top_k: int, hidden: int, width: int) -> Any:

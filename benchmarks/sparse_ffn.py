@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from espalier.methods.signatures import pieces, segments_of
-from espalier.sparse_ffn import SparseFFN
-from espalier.split import Split
+from espalier.modeling.sparse_ffn import SparseFFN
+from espalier.plans.split import Split
 
 MODULES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "activation": "act_fn"}
 LINEAR = {"weight": "weight"}

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from espalier import runtime
-from espalier.collect import collect_checkpoint
-from espalier.running import Running
+from espalier.collecting.collect import collect_checkpoint
+from espalier.models import runtime
+from espalier.models.running import Running
 
 CHEAP = ("usage", "output_norm", "logit_gram", "routing")
 LENGTH, BATCH, EXPERTS, CHOSEN = 512, 4, 8, 2

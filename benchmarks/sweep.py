@@ -25,11 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from espalier import graph
-from espalier.hardware import Hardware
-from espalier.job_requests import Requests
-from espalier.store import Store
-from espalier.sweep import Composer, points
+from espalier.artefacts.store import Store
+from espalier.machine.hardware import Hardware
+from espalier.workflow import graph
+from espalier.workflow.job_requests import Requests
+from espalier.workflow.sweep import Composer, points
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "thousand"

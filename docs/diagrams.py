@@ -5,7 +5,7 @@ Each has a background of its own, and follows the reader's light or dark scheme,
 
 from pathlib import Path
 
-from espalier.store import VERSION
+from espalier.artefacts.store import VERSION
 
 DOCS = Path(__file__).parent
 STYLE = """

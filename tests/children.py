@@ -6,12 +6,12 @@ from multiprocessing import forkserver
 
 PRELOAD = [
     "espalier.cli",
-    "espalier.collect",
-    "espalier.apply",
+    "espalier.collecting.collect",
+    "espalier.surgery.apply",
     "espalier.oneshot",
-    "espalier.score",
+    "espalier.scoring.score",
     "espalier.stages",
-    "espalier.tokens",
+    "espalier.inputs.tokens",
     "transformers.models.mixtral.modeling_mixtral",
 ]
 

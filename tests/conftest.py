@@ -40,7 +40,7 @@ def applied(tiny_model, tmp_path_factory):
     made = {}
 
     def make(family_name, kind, dtype="float32", **changes):
-        from espalier.apply import apply
+        from espalier.surgery.apply import apply
         from example_plans import example_plan
 
         key = (family_name, kind, dtype, *sorted((name, repr(value)) for name, value in changes.items()))

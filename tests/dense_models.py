@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from espalier.live_split import change_layer
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.split import Split
+from espalier.models.live_split import change_layer
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
+from espalier.plans.split import Split
 from tiny import COMMON, save_tokenizer
 
 WIDTH, HIDDEN, LAYERS = 48, 32, 2

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from espalier.depth import Depth
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import DenseShape, ModelShape
+from espalier.checkpoints.shape import DenseShape, ModelShape
+from espalier.plans.depth import Depth
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
 
 GATE = {"weight": "{layer}.depth.weight", "bias": "{layer}.depth.bias"}
 PREDICTOR = GATE | {"first": "{layer}.depth.first", "second": "{layer}.depth.second", "offset": "{layer}.depth.offset"}

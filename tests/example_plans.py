@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from espalier.operations import NO_ATTENTION_WEIGHTS, Constant, Keep, Merge, Narrow, Operation, Skip
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
+from espalier.plans.operations import NO_ATTENTION_WEIGHTS, Constant, Keep, Merge, Narrow, Operation, Skip
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
 from tiny import DENSE_LAYERS, FAMILIES, ONE_EXPERT
 
 EXPERTS, WIDTH, HIDDEN = 8, 24, 32  # of every tiny model

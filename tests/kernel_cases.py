@@ -459,7 +459,7 @@ def models() -> None:
     from pathlib import Path
 
     from espalier import kernels
-    from espalier.apply import apply
+    from espalier.surgery.apply import apply
     from example_plans import example_plan
     from tiny import FAMILIES, save_tiny
 
@@ -548,8 +548,8 @@ def sparse() -> None:
 
     from dense_models import KINDS, STOCK, save_dense, split_plan
     from espalier import kernels
-    from espalier.apply import apply
-    from espalier.checkpoint import Checkpoint
+    from espalier.checkpoints.checkpoint import Checkpoint
+    from espalier.surgery.apply import apply
 
     neuron_ffn.worth = lambda *_: True  # tiny FFNs never are
     ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -656,9 +656,9 @@ def depth() -> None:
     from dense_models import LAYERS, save_dense
     from depth_plans import KINDS, THRESHOLD, depth_plan, token_by_token
     from espalier import kernels
-    from espalier.apply import apply
-    from espalier.checkpoint import Checkpoint
-    from espalier.depth import Depth
+    from espalier.checkpoints.checkpoint import Checkpoint
+    from espalier.plans.depth import Depth
+    from espalier.surgery.apply import apply
     from tiny import save_tiny
 
     score = torch.rand(5)

@@ -6,7 +6,7 @@ from math import exp
 import torch
 from safetensors.torch import load_file
 
-from espalier.operations import Constant, Keep, Merge, Narrow, Skip
+from espalier.plans.operations import Constant, Keep, Merge, Narrow, Skip
 
 W123 = tuple(f"experts.{{}}.{part}.weight" for part in ("w1", "w3", "w2"))  # gate, up, down
 PROJ = tuple(f"experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down"))

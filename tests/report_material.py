@@ -8,13 +8,13 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist, squareform
 
-from espalier.operations import Keep, Merge, Skip
-from espalier.plan import Plan
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
+from espalier.plans.operations import Keep, Merge, Skip
+from espalier.plans.plan import Plan
 from espalier.report.commands import Step
-from espalier.report.curves import Curve
 from espalier.report.material import Line, Made, Material
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.training.curves import Curve
 
 EXPERTS, LAYERS = 6, (0, 2)
 SHAPE = ModelShape("olmoe", LAYERS, EXPERTS, 2, 8, 4, True, 96, 8, 2000)

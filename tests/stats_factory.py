@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 
 Array = NDArray[Any]
 
@@ -43,7 +43,7 @@ def swiglu(hidden: Array, gate: Array, up: Array) -> Array:
 
 
 class PlainExperts:
-    """What `espalier.experts.ExpertWeights` gives a method, of the blocks."""
+    """What `espalier.models.experts.ExpertWeights` gives a method, of the blocks."""
 
     def __init__(self, blocks: dict[int, Block]) -> None:
         self.blocks = blocks
@@ -64,7 +64,7 @@ class PlainExperts:
 
 
 class PlainExpertBlock:
-    """What `espalier.expert_block.Block` gives a method."""
+    """What `espalier.models.expert_block.Block` gives a method."""
 
     def __init__(self, block: Block) -> None:
         self._block = block

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from dense_models import KINDS, LAYERS, WIDTH, save_dense, split_plan
-from espalier.active import count_parameters
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.runtime import load
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.models.active import count_parameters
+from espalier.models.runtime import load
+from espalier.surgery.apply import apply
 from tiny import VOCABULARY, save_tiny
 
 IDS = torch.arange(2 * 9).reshape(2, 9) * 5 % VOCABULARY

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from espalier import runtime
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.errors import UserError
 from espalier.families import family_of
-from espalier.operations import Keep, Merge, Skip
-from espalier.plan import Plan
-from espalier.prove import TOLERANCE, prove
+from espalier.models import runtime
+from espalier.plans.operations import Keep, Merge, Skip
+from espalier.plans.plan import Plan
+from espalier.surgery.apply import apply
+from espalier.surgery.prove import TOLERANCE, prove
 from example_plans import GROUPS, KINDS, WEIGHTS, example_plan, examples, moe_layers, needs_code
 from plain_block import NAMES, tensors_of
 from tiny import FAMILIES, VOCABULARY, save_tiny

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from espalier.apply import apply
 from espalier.errors import UserError
-from espalier.operations import Keep, Skip
-from espalier.plan import Plan
+from espalier.plans.operations import Keep, Skip
+from espalier.plans.plan import Plan
+from espalier.surgery.apply import apply
 from example_plans import example_plan, moe_layers
 from tiny import save_tiny
 

@@ -7,18 +7,18 @@ from transformers import AutoModelForCausalLM
 
 from dense_models import save_dense
 from depth_plans import depth_plan
-from espalier import runtime
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.collect import collect, collect_checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.collect import collect, collect_checkpoint
+from espalier.collecting.reduce import reduce
 from espalier.errors import UserError
-from espalier.observe_attention import AttentionTrace
-from espalier.plan import Plan
+from espalier.models import runtime
+from espalier.models.observe_attention import AttentionTrace
+from espalier.models.running import Running
+from espalier.models.stream import StreamedModel
+from espalier.plans.plan import Plan
 from espalier.probes import DENSE_PROBES, LAYER_PROBES
 from espalier.probes.attention_rank import AttentionRank
-from espalier.reduce import reduce
-from espalier.running import Running
-from espalier.stream import StreamedModel
+from espalier.surgery.apply import apply
 from tiny import VOCABULARY
 
 IDS = np.random.default_rng(0).integers(3, VOCABULARY - 1, (5, 12))

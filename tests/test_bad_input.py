@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from children import command
 from espalier import conf
-from espalier.checkpoint import INDEX
-from espalier.partial import resumable_directory, resumable_work
-from espalier.store import Node, Store, digest, write_json
-from espalier.tokens import save_tokens
+from espalier.artefacts.partial import resumable_directory, resumable_work
+from espalier.artefacts.store import Node, Store, digest, write_json
+from espalier.checkpoints.checkpoint import INDEX
+from espalier.inputs.tokens import save_tokens
 from example_plans import example_plan
 from killing import contents
 from tiny import save_tiny

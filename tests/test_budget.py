@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from espalier.checkpoints.shape import ModelShape
 from espalier.methods.budget import global_survivors, knapsack, least
 from espalier.methods.ranking import keep_best
-from espalier.shape import ModelShape
 from stats_factory import make_shape
 
 

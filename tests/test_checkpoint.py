@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from espalier.apply import apply
-from espalier.checkpoint import INDEX, Checkpoint
+from espalier.checkpoints.checkpoint import INDEX, Checkpoint
+from espalier.checkpoints.shards import OutputTensor, ShardWriter
+from espalier.checkpoints.tensor_files import read_header
 from espalier.errors import UserError
-from espalier.operations import Keep
-from espalier.plan import Plan
-from espalier.shards import OutputTensor, ShardWriter
-from espalier.tensor_files import read_header
+from espalier.plans.operations import Keep
+from espalier.plans.plan import Plan
+from espalier.surgery.apply import apply
 from example_plans import example_plan
 from tiny import FAMILIES, ONE_EXPERT, save_tiny
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from espalier import cli, conf, garbage, launch, lineage
+from espalier import cli, conf
+from espalier.artefacts import lineage
+from espalier.artefacts.store import Node, Store, write_json
 from espalier.errors import UserError
-from espalier.store import Node, Store, write_json
+from espalier.workflow import garbage, launch
 from tiny import save_tiny
 
 
@@ -163,7 +165,7 @@ def test_weights_that_are_not_numbers(models, tmp_path, capsys, method):
 def test_output_that_exists_is_refused_before_any_work(models, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious.txt").write_text("mine")
-    monkeypatch.setattr("espalier.sources.resolve", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("espalier.inputs.sources.resolve", lambda *_: pytest.fail("work was done"))
     line = refused(capsys, tmp_path, *compress(models / "mixtral", models, tmp_path, "ratio=0.5"))
     assert "out: exists already" in line
 
@@ -205,7 +207,8 @@ def test_the_launcher_needs_no_torch():
         "import sys; sys.argv = ['espalier', 'show', 'abc', '--results', '/nonexistent']\n"
         "import runpy\ntry:\n    runpy.run_module('espalier', run_name='__main__')\nexcept SystemExit as stop:\n"
         "    assert stop.code == 2\n"
-        "import espalier.estimate, espalier.forecast, espalier.sources, espalier.launch, espalier.garbage\n"
+        "from espalier.costs import estimate, forecast\n"
+        "from espalier.inputs import sources\nfrom espalier.workflow import garbage, launch\n"
         "print([m for m in ('torch', 'transformers', 'huggingface_hub', 'datasets') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

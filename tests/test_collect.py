@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from espalier import observe, runtime
-from espalier.collect import collect
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.collect import collect
 from espalier.errors import UserError
 from espalier.families import family_of
+from espalier.models import observe, runtime
 from espalier.probes import PROBES
-from espalier.shape import ModelShape
 from plain_block import PlainBlock
 from tiny import FAMILIES, VOCABULARY, save_tiny
 
@@ -364,7 +364,7 @@ def test_no_expert_runs_that_no_probe_needs(case, monkeypatch):
 
 
 def test_many_experts_keep_evenly_strided_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr("espalier.probes.residual_gram.GRAM_TOKENS", 8)
+    monkeypatch.setattr("espalier.collecting.sampling.GRAM_TOKENS", 8)
     directory = save_tiny("olmoe", tmp_path, experts=17, num_hidden_layers=1)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     ids, mask = padded_batch(2)

@@ -10,7 +10,7 @@ import torch
 
 import espalier
 from espalier.errors import UserError
-from espalier.plan import Plan
+from espalier.plans.plan import Plan
 from tiny import save_tiny
 
 LOAD = """
@@ -132,7 +132,7 @@ def test_a_second_method_sees_what_the_first_left(folder):
     work = folder / "both.work"
     names = {path.name for path in work.iterdir()}
     assert {"tokens.safetensors", "0-frequency.stats.safetensors", "1-naee_skip.plan.json"} <= names
-    from espalier.stats import Stats
+    from espalier.collecting.stats import Stats
 
     assert Stats.load(work / "1-naee_skip.stats.safetensors").shape.experts == 6
     assert ("frequency: collect", 6, 6) in lines
@@ -142,7 +142,7 @@ def test_a_method_without_probes_reads_no_tokens_into_the_model(folder, monkeypa
     def refuse(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("espalier.runtime.load", refuse)
+    monkeypatch.setattr("espalier.models.runtime.load", refuse)
     report = espalier.compress(
         folder / "mixtral-torch.float32", "random", folder / "tokens.npz", folder / "r", ratio=0.5, seed=3, prove=False
     )

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import espalier
-from espalier import shards
-from espalier.checkpoint import Checkpoint
+from espalier.artefacts.partial import resumable_work, work_folder
+from espalier.checkpoints import shards
+from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.partial import resumable_work, work_folder
 from killing import contents, killed_each
 from tiny import save_tiny
 

@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from dense_models import HIDDEN, LAYERS, save_dense
-from espalier import conf, runtime
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.collect import collect_checkpoint
+from espalier import conf
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.collect import collect_checkpoint
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
-from espalier.ffn_weights import FFNWeights
 from espalier.methods import build, check, is_for_dense, make_plan
 from espalier.methods.partition import balanced_assignment, balanced_kmeans
-from espalier.plan import Plan
+from espalier.models import runtime
+from espalier.models.ffn_weights import FFNWeights
+from espalier.models.running import Running
+from espalier.plans.plan import Plan
 from espalier.probes import DENSE_PROBES
-from espalier.running import Running
-from espalier.stats import Stats
+from espalier.surgery.apply import apply
 from stats_factory import make_shape
 from tiny import VOCABULARY
 
@@ -104,7 +105,7 @@ def test_probes_are_what_a_plain_forward_says(models, evidence):
 
 @pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
 def test_streamed_and_sharded_statistics_are_the_same(family, models, evidence, tmp_path):
-    from espalier.reduce import reduce
+    from espalier.collecting.reduce import reduce
 
     streamed = replace(RUNNING, stream="always")
     probes, whole = tuple(DENSE_PROBES), evidence(family)
@@ -361,7 +362,7 @@ def test_the_teacher_of_factor_llm_by_loops(models, evidence, plan_of):
 def test_dsmoe_starts_with_about_half_of_its_blocks(models, evidence, plan_of, tmp_path):
     apply(models("llama"), plan_of("dsmoe"), tmp_path / "out", prove=False)
     model = runtime.load(tmp_path / "out")
-    from espalier.ffn_count import count_neurons
+    from espalier.models.ffn_count import count_neurons
 
     with count_neurons(model, Checkpoint(tmp_path / "out").dense_family) as counter, torch.no_grad():
         model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK))

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from dense_models import FAMILIES as DENSE
 from dense_models import made_once
 from depth_plans import KINDS, depth_plan, token_by_token
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.prove import prove
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.surgery.apply import apply
+from espalier.surgery.prove import prove
 from tiny import FAMILIES as EXPERTS
 from tiny import VOCABULARY
 

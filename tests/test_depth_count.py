@@ -8,11 +8,11 @@ import torch
 from dense_models import KINDS as SPLITS
 from dense_models import save_dense, split_plan
 from depth_plans import depth_plan
-from espalier import runtime
-from espalier.active import count_parameters
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.operations import Keep
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.models import runtime
+from espalier.models.active import count_parameters
+from espalier.plans.operations import Keep
+from espalier.surgery.apply import apply
 from tiny import VOCABULARY
 
 IDS = torch.arange(3 * 10).reshape(3, 10) * 7 % VOCABULARY

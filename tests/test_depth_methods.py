@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from dense_models import FAMILIES, save_dense
 from espalier import conf
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods import build, check, is_for_depth, make_plan
-from espalier.plan import Plan
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
+from espalier.surgery.apply import apply
 from tiny import VOCABULARY
 
 METHODS = ("modification", "mod", "random_depth", "layer_drop")

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dense_models import save_dense
 from depth_plans import depth_plan
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.harness import SharedContextLM
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.scoring.harness import SharedContextLM
+from espalier.surgery.apply import apply
 from tiny import VOCABULARY
 
 KINDS = (

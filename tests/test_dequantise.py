@@ -13,11 +13,11 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from espalier import cli
-from espalier.apply import apply
-from espalier.checkpoint import INDEX, Checkpoint
-from espalier.dequantise import dequantise
+from espalier.checkpoints.checkpoint import INDEX, Checkpoint
+from espalier.checkpoints.quantised import without_quantisation
 from espalier.errors import UserError
-from espalier.quantised import without_quantisation
+from espalier.surgery.apply import apply
+from espalier.surgery.dequantise import dequantise
 from example_plans import example_plan
 from tiny import save_tiny
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from espalier import runtime
-from espalier.checkpoint import Checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
-from espalier.fit import fit as learn
 from espalier.fits.diep import Fit, masked
 from espalier.methods.diep import Diep
-from espalier.operations import Keep
-from espalier.running import Running
-from espalier.stats import Stats
+from espalier.models import runtime
+from espalier.models.running import Running
+from espalier.plans.operations import Keep
+from espalier.training.fit import fit as learn
 from stats_factory import make_shape
 from tiny import FAMILIES
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from espalier import cli, graph
-from espalier.difference import Change, compare, resolve
+from espalier import cli
+from espalier.artefacts.difference import Change, compare, resolve
+from espalier.artefacts.store import Store, run_record_path, write_json
 from espalier.errors import UserError
-from espalier.store import Store, run_record_path, write_json
+from espalier.workflow import graph
 from test_graph import project
 
 SWEEP = [

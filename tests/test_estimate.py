@@ -16,18 +16,23 @@ import pytest
 import torch
 
 import tiny
-from espalier import conf, estimate, forecast, heap, observe, parameters, perplexity, sizes
-from espalier.apply import apply
-from espalier.collect import collect_checkpoint
+from espalier import conf
+from espalier.collecting.collect import collect_checkpoint
+from espalier.costs import estimate, parameters, sizes
+from espalier.costs.estimate import Cost
+from espalier.costs.parameters import Count, Layer
+from espalier.costs.sizes import Sizes
 from espalier.errors import UserError
-from espalier.estimate import Cost
 from espalier.families import family_of
-from espalier.hardware import Hardware
-from espalier.job_requests import Requests
-from espalier.parameters import Count, Layer
-from espalier.probes import PROBES, inputs, residual_gram
-from espalier.running import Running
-from espalier.sizes import Sizes
+from espalier.machine import heap
+from espalier.machine.hardware import Hardware
+from espalier.models import observe
+from espalier.models.running import Running
+from espalier.probes import PROBES, residual_gram
+from espalier.scoring import perplexity
+from espalier.surgery.apply import apply
+from espalier.workflow import forecast
+from espalier.workflow.job_requests import Requests
 from example_plans import example_plan
 from tiny import save_tiny
 
@@ -238,7 +243,7 @@ def test_a_gpu_holds_what_computes():
 
 def test_slots_are_what_streaming_holds(tmp_path):
     """Bytes that the reader allocates for layers, over all of them, and never gives back meanwhile."""
-    from espalier.stream import Batch, StreamedModel
+    from espalier.models.stream import Batch, StreamedModel
 
     for family in ("mixtral", "deepseek_v3", "jamba"):
         save_tiny(family, tmp_path / family)
@@ -345,9 +350,6 @@ def test_a_machines_mistakes_are_told(tmp_path, monkeypatch):
 def test_constants_are_those_of_the_code():
     dense = {name for name, probe in PROBES.items() if probe.dense}
     assert dense | {"residual_gram"} == estimate.DENSE_PROBES == set(estimate.FLOAT64_COPIES)
-    assert estimate.GRAM_ALL_TOKENS_EXPERTS == residual_gram.GRAM_ALL_TOKENS_EXPERTS
-    assert estimate.GRAM_TOKENS == residual_gram.GRAM_TOKENS
-    assert estimate.INPUT_TOKENS == inputs.INPUT_TOKENS
     assert estimate.CHUNK_BYTES == observe.CHUNK_BYTES
     assert estimate.CPU_TOKENS == perplexity.CPU_TOKENS
 
@@ -392,8 +394,8 @@ def test_a_forecast_adds_up_and_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_forecast_leaves_out_what_is_done(tmp_path, monkeypatch):
-    from espalier import graph
-    from espalier.store import Store
+    from espalier.artefacts.store import Store
+    from espalier.workflow import graph
 
     experiment(tmp_path, monkeypatch, "{method: reap, method.ratio: 0.25}")
     store = Store(tmp_path / "results")
@@ -420,8 +422,8 @@ def test_shards_share_the_tokens_and_the_reduce_rule_is_counted(tmp_path, monkey
 
 
 def test_jobs_ask_for_what_their_model_needs(tmp_path, monkeypatch):
-    from espalier import graph
-    from espalier.store import Store
+    from espalier.artefacts.store import Store
+    from espalier.workflow import graph
 
     experiment(tmp_path, monkeypatch, "{model: [olmoe_1b_7b, mixtral_8x7b], method: reap, method.ratio: 0.25}")
     store = Store(tmp_path / "results", dry=True)
@@ -476,7 +478,7 @@ def test_a_dry_run_prints_what_each_job_asks_for(tmp_path, monkeypatch):
 
 
 def test_a_machine_that_is_too_small_is_told(capsys):
-    from espalier import forecast_text
+    from espalier.workflow import forecast_text
 
     machine = Hardware.load("h100")
     forecast_text.render_model("kimi_k2", machine, Running.of(), 262144, 2048)

@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 
 from dense_models import save_dense
-from espalier import conf, estimate, sizes
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.collect import collect_checkpoint
-from espalier.hardware import Hardware
+from espalier import conf
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.collect import collect_checkpoint
+from espalier.collecting.stats import Stats
+from espalier.costs import estimate, sizes
+from espalier.machine.hardware import Hardware
 from espalier.methods import build, make_plan
-from espalier.running import Running
-from espalier.stats import Stats
-from espalier.tune_cost import tune_cost
-from espalier.tune_settings import Tuning
+from espalier.models.running import Running
+from espalier.surgery.apply import apply
+from espalier.training.tune_cost import tune_cost
+from espalier.training.tune_settings import Tuning
 
 WHOLE = Running.of(device="cpu", stream="never")
 HARDWARE = Hardware("test", cores=2, flops=1e12, memory=1e12, disk=1e9, startup=0)

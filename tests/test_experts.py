@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from espalier.experts import ExpertWeights
+from espalier.models.experts import ExpertWeights
 from plain_block import PlainBlock, neurons_of
 from tiny import FAMILIES
 

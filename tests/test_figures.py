@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from espalier.figures import activity, experts, losses, neurons, quality, similarity, style, training
-from espalier.operations import Constant, Keep, Merge, Narrow, Skip
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.split import Split
+from espalier.plans.operations import Constant, Keep, Merge, Narrow, Skip
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
+from espalier.plans.split import Split
 from report_material import EXPERTS, LAYERS, keep_plan, line, merge_plan
 
 

@@ -12,23 +12,26 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from espalier import compress, conf, garbage, graph, lineage, stages, train
-from espalier.checkpoint import Checkpoint
+from espalier import compress, conf, stages
+from espalier.artefacts import lineage
+from espalier.artefacts.store import Store
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.stats import Stats
+from espalier.costs.estimate import forward_flops
+from espalier.costs.sizes import sizes_of_directory
 from espalier.errors import InterruptedWork, UserError
-from espalier.estimate import forward_flops
-from espalier.fit import fit, save_fit
-from espalier.fit_settings import Fitting
 from espalier.fits import fit_class, names
-from espalier.hardware import Hardware
-from espalier.job_requests import Requests
+from espalier.machine.hardware import Hardware
 from espalier.methods import evidence_of
 from espalier.methods.diep import Diep
-from espalier.plan import Plan
+from espalier.models.running import Running
+from espalier.plans.plan import Plan
 from espalier.probes import PROBES
-from espalier.running import Running
-from espalier.sizes import sizes_of_directory
-from espalier.stats import Stats
-from espalier.store import Store
+from espalier.training import train
+from espalier.training.fit import fit, save_fit
+from espalier.training.fit_settings import Fitting
+from espalier.workflow import garbage, graph
+from espalier.workflow.job_requests import Requests
 from tiny import FAMILIES
 
 CPU = Running.of(device="cpu", stream="never")
@@ -226,7 +229,7 @@ def test_jobs_ask_for_more_the_more_they_need(tmp_path, monkeypatch):
 
 
 def conf_model():
-    from espalier.embedded.assets import model_directory
+    from espalier.inputs.assets import model_directory
 
     return model_directory()
 

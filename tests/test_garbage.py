@@ -5,10 +5,11 @@ import re
 
 import pytest
 
-from espalier import cli, garbage
+from espalier import cli
+from espalier.artefacts.store import Node, Store, write_json
 from espalier.errors import UserError
-from espalier.launch import run_lock
-from espalier.store import Node, Store, write_json
+from espalier.workflow import garbage
+from espalier.workflow.launch import run_lock
 
 
 @pytest.fixture

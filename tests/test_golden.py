@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from espalier.store import VERSION
+from espalier.artefacts.store import VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
 STAGES = ("tokens", "collect", "fit", "plan", "apply", "teacher", "tune", "score")
@@ -33,9 +33,9 @@ def source(work, dtype="float32"):
 def statistics(work):
     import torch
 
-    from espalier import runtime
-    from espalier.checkpoint import Checkpoint
-    from espalier.collect import collect
+    from espalier.checkpoints.checkpoint import Checkpoint
+    from espalier.collecting.collect import collect
+    from espalier.models import runtime
     from espalier.probes import PROBES
 
     directory = source(work)
@@ -47,10 +47,10 @@ def statistics(work):
 
 def tokens(work):
     from espalier import conf
-    from espalier.sources import ASSETS
-    from espalier.tokens import make_tokens
+    from espalier.inputs import assets
+    from espalier.inputs.tokens import make_tokens
 
-    ids, mask, _ = make_tokens(conf.load("calibration", "embedded"), ASSETS / "model")
+    ids, mask, _ = make_tokens(conf.load("calibration", "embedded"), assets.model_directory())
     assert mask is None
     return {"shape": list(ids.shape), "sha256": hashlib.sha256(np.ascontiguousarray(ids, "<i4").tobytes()).hexdigest()}
 
@@ -65,8 +65,8 @@ def collected(work):
 
 
 def fitted(work, fitting):
-    from espalier.fit import fit
-    from espalier.running import Running
+    from espalier.models.running import Running
+    from espalier.training.fit import fit
 
     fitting = replace(fitting, epochs=2, batch=3)
     running = Running.of(device="cpu", stream="never")
@@ -115,7 +115,7 @@ def plans(work):
 def split_plan_of(method, work):
     """What a method for dense models makes of a tiny one: operations, and sums of the tensors that they name."""
     from dense_models import save_dense
-    from espalier.checkpoint import Checkpoint
+    from espalier.checkpoints.checkpoint import Checkpoint
     from espalier.methods import make_plan
 
     directory = work / "dense"
@@ -129,8 +129,8 @@ def split_plan_of(method, work):
 
 
 def dense_statistics(directory, probes):
-    from espalier.collect import collect_checkpoint
-    from espalier.running import Running
+    from espalier.collecting.collect import collect_checkpoint
+    from espalier.models.running import Running
 
     running = Running.of(device="cpu", stream="never")
     return collect_checkpoint(directory, "float32", running, words(), None, probes)
@@ -139,9 +139,9 @@ def dense_statistics(directory, probes):
 def applied(work):
     from safetensors.numpy import load_file
 
-    from espalier.apply import apply
-    from espalier.operations import Keep, Merge, Skip
-    from espalier.plan import Plan
+    from espalier.plans.operations import Keep, Merge, Skip
+    from espalier.plans.plan import Plan
+    from espalier.surgery.apply import apply
 
     merge = Merge(((0, 3), (1,), (2, 4, 5), (6,), (7,)), ((0.25, 0.75), (1.0,), (0.5, 0.25, 0.25), (1.0,), (1.0,)))
     plans = {
@@ -165,21 +165,21 @@ def words():
 
 
 def taught(work):
-    from espalier.running import Running
-    from espalier.teacher import make_teacher
+    from espalier.models.running import Running
+    from espalier.training.teacher import make_teacher
 
     tensors = make_teacher(source(work), words(), None, 8, "float32", Running.of(device="cpu", stream="never"))
     return {name: [list(t.shape), round(float(t.double().sum()), 2)] for name, t in tensors.items()}
 
 
 def tuned(work):
-    from espalier.apply import apply
-    from espalier.operations import Keep
-    from espalier.plan import Plan
-    from espalier.running import Running
-    from espalier.teacher import make_teacher, save_teacher
-    from espalier.tune import Text, tune
-    from espalier.tune_settings import Tuning
+    from espalier.models.running import Running
+    from espalier.plans.operations import Keep
+    from espalier.plans.plan import Plan
+    from espalier.surgery.apply import apply
+    from espalier.training.teacher import make_teacher, save_teacher
+    from espalier.training.tune import Text, tune
+    from espalier.training.tune_settings import Tuning
 
     running = Running.of(device="cpu", stream="never")
     kept = Plan({"name": "golden"}, {n: (Keep((0, 2, 3, 7)),) for n in range(3)})
@@ -199,8 +199,8 @@ def tuned(work):
 def scored(work):
     from transformers import AutoTokenizer
 
-    from espalier import runtime
-    from espalier.perplexity import Text, document_scores
+    from espalier.models import runtime
+    from espalier.scoring.perplexity import Text, document_scores
 
     directory = source(work)
     texts = [(str(n), " ".join(f"w{3 + (7 * n + 5 * m) % 90}" for m in range(10 + 9 * n))) for n in range(6)]

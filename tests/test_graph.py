@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from espalier import graph
+from espalier.artefacts.store import Store
 from espalier.errors import UserError
-from espalier.store import Store
-from espalier.sweep import Composer, points
+from espalier.workflow import graph
+from espalier.workflow.sweep import Composer, points
 
 
 def stages(experiment):

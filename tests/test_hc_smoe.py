@@ -5,11 +5,11 @@ import pytest
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 from scipy.spatial.distance import cdist
 
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.agglomerate import LINKAGES, cut, linkage_matrix
 from espalier.methods.hc_smoe import HcSmoe
 from espalier.methods.random_merge import RandomMerge
-from espalier.stats import Stats
 from stats_factory import make_blocks, make_shape, observe, random_stats
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from espalier.artefacts.store import VERSION, Node, Store, atomic_file, canonical, content_revision, digest, identity
 from espalier.errors import UserError
-from espalier.store import VERSION, Node, Store, atomic_file, canonical, content_revision, digest, identity
 
 
 def chain(ratio=0.5, label="", made_by=""):
@@ -120,8 +120,9 @@ def test_a_model_directory_is_known_by_its_content(tmp_path):
 
 def test_no_torch_before_a_stage_runs():
     program = (
-        "import sys, espalier, espalier.store, espalier.plan, espalier.graph, espalier.estimate, espalier.stages,"
-        " espalier.stats, espalier.cli, espalier.families; sys.exit('torch' in sys.modules)"
+        "import sys, espalier, espalier.artefacts.store, espalier.plans.plan, espalier.workflow.graph, espalier.stages,"
+        " espalier.costs.estimate, espalier.collecting.stats, espalier.cli, espalier.families;"
+        " sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 

@@ -7,12 +7,14 @@ from graphlib import TopologicalSorter
 
 import pytest
 
-from espalier import conf, forecast, graph, sources
-from espalier.estimate import Cost
-from espalier.hardware import Hardware
-from espalier.job_requests import Requests
-from espalier.reckon import _longest_choice
-from espalier.store import Node, Store
+from espalier import conf
+from espalier.artefacts.store import Node, Store
+from espalier.costs.estimate import Cost
+from espalier.inputs import assets
+from espalier.machine.hardware import Hardware
+from espalier.workflow import forecast, graph
+from espalier.workflow.job_requests import Requests
+from espalier.workflow.reckon import _longest_choice
 
 HARDWARE = Hardware("test", cores=2, flops=100, memory=1e12, disk=10, startup=3)
 
@@ -42,7 +44,7 @@ def test_a_mapped_model_is_asked_for(tmp_path):
 
 def test_the_longest_choice_is_that_of_its_item():
     """Of the first 50 of BoolQ's passages, with the question; a task that is not here by its rounded mean."""
-    lines = (sources.ASSETS / "tasks/boolq_local.jsonl").read_text().splitlines()[:50]
+    lines = (assets.task_directory() / "boolq_local.jsonl").read_text().splitlines()[:50]
     longest = max(len(item["passage"]) + len(item["question"]) for item in map(json.loads, lines))
     assert 3 < longest / _longest_choice({"task": "boolq_local", "limit": 50}) < 4  # characters a token
     assert _longest_choice({"task": "boolq"}) > 400

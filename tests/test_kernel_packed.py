@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
-from espalier import runtime
 from espalier.errors import UserError
 from espalier.kernels import expert_layout, experts, packed, register
+from espalier.models import runtime
 from example_plans import examples
 from tiny import FAMILIES
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from espalier import kernel_table
-from espalier.checkpoint import Checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
-from espalier.kernel_settings import KernelBench
-from espalier.kernel_speed import FORMAT, Traces, measure_kernels
 from espalier.kernels import chooser, peers, routings
 from espalier.kernels.expert_layout import ExpertLayout
 from espalier.kernels.targets import TARGETS
 from espalier.kernels.tile import GATE_UP, MATMUL
 from espalier.kernels.traffic import Floor, padded
-from espalier.routing_facts import routing_facts
-from espalier.stats import Stats
+from espalier.timing import kernel_table
+from espalier.timing.kernel_settings import KernelBench
+from espalier.timing.kernel_speed import FORMAT, Traces, measure_kernels
+from espalier.timing.routing_facts import routing_facts
 
 QUICK = {
     "name": "quick", "tokens": [1, 7], "routings": ["hot", "uniform"], "implementations": ["eager", "espalier"],
@@ -267,7 +267,7 @@ def test_what_has_no_experts_or_no_such_layer_is_refused(tiny_model):
 
 
 def test_torch_is_not_needed_to_choose():
-    code = "import sys; import espalier.kernels.chooser, espalier.kernel_settings; print('torch' in sys.modules)"
+    code = "import sys; import espalier.kernels.chooser, espalier.timing.kernel_settings; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 

@@ -8,10 +8,11 @@ import time
 import pytest
 
 from children import context
-from espalier import launch, orphans, stages
+from espalier import stages
+from espalier.artefacts.store import Node, Store
 from espalier.errors import UserError
-from espalier.prefetch import prefetch
-from espalier.store import Node, Store
+from espalier.workflow import launch, orphans
+from espalier.workflow.prefetch import prefetch
 
 
 def _race(folder, barrier, inside, overlaps, refused):
@@ -112,8 +113,8 @@ def test_slurm_that_does_not_answer_is_one_line(slurm, tmp_path, monkeypatch):
 
 def test_prefetch_brings_models_texts_and_tasks(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("espalier.hub.data_file", lambda *names: asked.append(names) or tmp_path)
-    monkeypatch.setattr("espalier.score._load", lambda name: asked.append(name))
+    monkeypatch.setattr("espalier.inputs.hub.data_file", lambda *names: asked.append(names) or tmp_path)
+    monkeypatch.setattr("espalier.scoring.score._load", lambda name: asked.append(name))
     commit = "0" * 40
     overrides = [
         "calibration=c4_32x2048",

@@ -3,8 +3,8 @@
 import psutil
 import pytest
 
-from espalier import limits
-from espalier.limits import free_memory
+from espalier.machine import limits
+from espalier.machine.limits import free_memory
 
 MB = 2**20
 
@@ -94,8 +94,8 @@ def test_no_slurm_limit(environ):
 
 
 def test_jobs_and_estimates_ask_here(monkeypatch):
-    from espalier.hardware import Hardware
-    from espalier.running import free_bytes
+    from espalier.machine.hardware import Hardware
+    from espalier.models.running import free_bytes
 
     monkeypatch.setattr(limits, "free_memory", lambda: 12345678.0)
     assert free_bytes("cpu") == Hardware.load("here").memory == 12345678.0

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from espalier import conf, runtime
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.collect import collect
-from espalier.embedded.assets import model_directory
+from espalier import conf
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.collect import collect
+from espalier.inputs.assets import model_directory
+from espalier.inputs.tokens import make_tokens
 from espalier.methods import build, make_plan
-from espalier.plan import Plan
-from espalier.tokens import make_tokens
+from espalier.models import runtime
+from espalier.plans.plan import Plan
+from espalier.surgery.apply import apply
 
 PROBES = ("usage", "output_norm", "routed_moments", "logit_gram", "inputs", "mean_output")
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from espalier.errors import UserError
-from espalier.experts import ExpertWeights
 from espalier.methods.kmeans import Kmeans
 from espalier.methods.lloyd import kmeans, split
 from espalier.methods.m_smoe import MSmoe
 from espalier.methods.ream import Ream, pseudo_groups
 from espalier.methods.sub_moe import SubMoe, together
+from espalier.models.experts import ExpertWeights
 from plain_block import PlainBlock
 from stats_factory import PlainExperts, make_blocks, make_shape, observe, permuted, random_stats
 

@@ -11,8 +11,8 @@ import yaml
 from espalier.errors import UserError
 from espalier.methods import build, is_for_dense, is_for_depth
 from espalier.methods.ranking import keep_best
-from espalier.operations import Constant, Keep, Merge, Narrow, Skip
-from espalier.plan import Plan
+from espalier.plans.operations import Constant, Keep, Merge, Narrow, Skip
+from espalier.plans.plan import Plan
 from stats_factory import Block, PlainExperts, make_blocks, make_shape, observe, permuted, random_stats
 
 FILES = sorted((Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))

@@ -10,7 +10,7 @@ from espalier.errors import UserError
 from espalier.methods.naee import Naee
 from espalier.methods.rerouting import Router
 from espalier.methods.subset_loss import BlockLoss, all_subsets, enumerate_subsets
-from espalier.operations import Keep
+from espalier.plans.operations import Keep
 from stats_factory import Block, make_blocks, make_shape, observe
 
 SEQUENCES = (7, 5, 9, 4, 11)

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from espalier.checkpoint import Checkpoint
-from espalier.collect import collect
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.collect import collect
 from espalier.errors import UserError
-from espalier.experts import ExpertWeights
 from espalier.families import family_of
 from espalier.methods.naee import Naee
 from espalier.methods.rerouting import Routing, needs_correction, router_of
-from espalier.operations import Keep
-from espalier.runtime import change_block, load, moe_blocks
+from espalier.models.experts import ExpertWeights
+from espalier.models.runtime import change_block, load, moe_blocks
+from espalier.plans.operations import Keep
 from tiny import FAMILIES, ONE_EXPERT, VOCABULARY
 
 GROUPED = ("deepseek_v2", "deepseek_v3")

@@ -5,8 +5,8 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
+from espalier.collecting.sampling import gram_sample
 from espalier.errors import UserError
-from espalier.estimate import gram_sample
 from espalier.methods import naee
 from espalier.methods.naee import Naee
 from espalier.methods.rerouting import Router
@@ -192,7 +192,7 @@ def test_groups_lose_equally_many_and_the_best_of_those_is_found():
         "logits": logits,
         "token": np.arange(50),
     }
-    from espalier.stats import Stats
+    from espalier.collecting.stats import Stats
 
     stats = Stats(shape, (50,), {("residual_gram", 0): arrays})
     losses = {

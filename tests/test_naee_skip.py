@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.naee_skip import NaeeSkip
-from espalier.operations import Skip
-from espalier.stats import Stats
+from espalier.plans.operations import Skip
 from stats_factory import make_blocks, make_shape, observe
 
 

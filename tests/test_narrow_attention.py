@@ -9,16 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dense_models import EVEN, FAMILIES, HIDDEN, LAYERS, LINEAR, WIDTH, live_split, made_once, split_plan
-from espalier import runtime
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.narrow_attention import ROLES, NarrowAttention, dimensions_of
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.prove import prove
-from espalier.split import Split, Threshold
-from espalier.stream import StreamedModel
+from espalier.models import runtime
+from espalier.models.stream import StreamedModel
+from espalier.plans.narrow_attention import ROLES, NarrowAttention, dimensions_of
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
+from espalier.plans.split import Split, Threshold
+from espalier.surgery.apply import apply
+from espalier.surgery.prove import prove
 from tiny import VOCABULARY
 
 IDS = torch.arange(3 * 10).reshape(3, 10) * 7 % VOCABULARY

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from espalier import pairs
-from espalier.measured import Measured
+from espalier.tables import pairs
+from espalier.tables.measured import Measured
 
 
 def sampled(values, weights=None):

@@ -9,12 +9,13 @@ from statistics import fmean
 import pytest
 import yaml
 
-from espalier import conf, forecast, graph
+from espalier import conf
+from espalier.artefacts.store import Store
 from espalier.errors import UserError
-from espalier.hardware import Hardware
-from espalier.published import Comparison, Row
-from espalier.store import Store
-from espalier.sweep import Composer
+from espalier.machine.hardware import Hardware
+from espalier.tables.published import Comparison, Row
+from espalier.workflow import forecast, graph
+from espalier.workflow.sweep import Composer
 
 PAPERS = sorted((conf.directory() / "paper").glob("*.csv"))
 COLUMNS = [

@@ -1,7 +1,7 @@
 """Forward passes over calibration tokens, counted over the nodes of two made-up experiments."""
 
-from espalier.passes import passes, sentence
-from espalier.store import Node, Store, run_record_path, write_json
+from espalier.artefacts.store import Node, Store, run_record_path, write_json
+from espalier.tables.passes import passes, sentence
 
 
 class Nodes:

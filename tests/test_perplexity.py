@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from espalier.errors import UserError
-from espalier.perplexity import Text, default_length, document_scores
-from espalier.windows import windows
+from espalier.inputs.windows import windows
+from espalier.scoring.perplexity import Text, default_length, document_scores
 from tiny import save_tiny
 
 LENGTHS = (1, 5, 7, 8, 13, 16, 31)

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
+from espalier.artefacts.store import write_json
+from espalier.checkpoints.shape import ModelShape
 from espalier.errors import UserError
-from espalier.layout import Slot, block_layout, source_layout
 from espalier.methods.budget import survivors
-from espalier.operations import Keep, Merge, Skip
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.store import write_json
+from espalier.plans.layout import Slot, block_layout, source_layout
+from espalier.plans.operations import Keep, Merge, Skip
+from espalier.plans.plan import Plan
 
 SHAPE = ModelShape(
     family="mixtral",
@@ -178,6 +178,7 @@ def test_survivors_of_a_ratio():
 
 
 def test_planning_needs_no_torch():
-    modules = "espalier.plan, espalier.layout, espalier.checkpoint, espalier.apply, espalier.card"
+    names = ("plans.plan", "plans.layout", "checkpoints.checkpoint", "checkpoints.card", "surgery.apply")
+    modules = ", ".join(f"espalier.{name}" for name in names)
     program = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from espalier.errors import UserError
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor, fingerprint, load_tensors, save_tensors
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor, fingerprint, load_tensors, save_tensors
 from example_plans import example_plan
 from stats_factory import make_shape
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from espalier import runtime
-from espalier.collect import collect
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.collect import collect
 from espalier.errors import UserError
 from espalier.families import family_of
-from espalier.observe import expert_output, observe
-from espalier.shape import ModelShape
+from espalier.models import runtime
+from espalier.models.observe import expert_output, observe
 from tiny import CLASSIC, FAMILIES, VOCABULARY, save_tiny
 
 # Those whose weights are a softmax of the chosen logits or of all: what subset searches can recompute.

@@ -11,7 +11,7 @@ from espalier.methods.camera_p import CameraP
 from espalier.methods.mone import Mone
 from espalier.methods.router_norm import RouterNorm
 from espalier.methods.stun import Stun
-from espalier.operations import Keep, Merge
+from espalier.plans.operations import Keep, Merge
 from stats_factory import Block, PlainExperts, make_blocks, make_shape, observe, swiglu
 
 SHAPE = make_shape()

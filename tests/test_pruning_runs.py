@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import espalier
-from espalier import conf, graph, runtime, stages
+from espalier import conf, stages
+from espalier.artefacts.store import Store
 from espalier.errors import UserError
-from espalier.operations import Keep
-from espalier.plan import Plan
-from espalier.store import Store
+from espalier.models import runtime
+from espalier.plans.operations import Keep
+from espalier.plans.plan import Plan
+from espalier.workflow import graph
 from tiny import save_tiny
 
 GROWN = {0: (1, 2, 6, 7), 1: (0, 3, 4, 5), 2: (2, 3, 5, 7)}  # experts whose router rows are longer than the base's

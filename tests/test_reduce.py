@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from espalier import graph, stages
-from espalier.checkpoint import Checkpoint
-from espalier.collect import collect_checkpoint
+from espalier import stages
+from espalier.artefacts.store import Store
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.collect import collect_checkpoint
+from espalier.collecting.reduce import reduce
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
+from espalier.models.running import Running
 from espalier.probes import PROBES
-from espalier.reduce import reduce
-from espalier.running import Running
-from espalier.stats import Stats
-from espalier.store import Store
+from espalier.workflow import graph
 from test_workflow import jobs, project, write_experiment
 from tiny import VOCABULARY, save_tiny
 
@@ -57,8 +58,8 @@ def test_reduced_shards_are_the_whole(case, shards, stream, tmp_path):
 
 def test_the_gram_of_many_experts_strides_over_the_whole_calibration(case, monkeypatch):
     """More than 16 experts observe every n-th token of all, whatever the shard that it is in."""
-    monkeypatch.setattr("espalier.probes.residual_gram.GRAM_ALL_TOKENS_EXPERTS", 4)
-    monkeypatch.setattr("espalier.probes.residual_gram.GRAM_TOKENS", 20)
+    monkeypatch.setattr("espalier.collecting.sampling.GRAM_ALL_TOKENS_EXPERTS", 4)
+    monkeypatch.setattr("espalier.collecting.sampling.GRAM_TOKENS", 20)
     directory, ids, mask = case
     running = Running.of(device="cpu", stream="never", collect_batch_size=1)
     parts = [

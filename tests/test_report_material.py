@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from espalier import conf, graph
-from espalier.fit import save_fit
-from espalier.fit_settings import Fitting
+from espalier import conf
+from espalier.artefacts.store import Store, write_json
+from espalier.collecting.stats import Stats
 from espalier.methods import distances_of
-from espalier.operations import Merge, Skip
-from espalier.plan import Plan
-from espalier.report import curves, skipping
+from espalier.plans.operations import Merge, Skip
+from espalier.plans.plan import Plan
+from espalier.report import skipping
 from espalier.report.commands import run_command, stage_command, steps
 from espalier.report.skipping import experts_run, what_tokens_skip
-from espalier.stats import Stats
-from espalier.store import Store, write_json
-from espalier.sweep import Composer, points
-from espalier.train import Step
+from espalier.training import curves
+from espalier.training.fit import save_fit
+from espalier.training.fit_settings import Fitting
+from espalier.training.train import Step
+from espalier.workflow import graph
+from espalier.workflow.sweep import Composer, points
 from stats_factory import make_blocks, make_shape, observe
 from test_graph import project
 from test_skipping_methods import DYNAMIC, experts_kept, make, plan_of, sorted_weights
@@ -51,7 +53,7 @@ def test_a_factor_is_looked_up_for_the_experts_that_picks_became():
     stats = Stats(make_shape(), (2,), {("routing", 0): arrays})
     factor = np.ones((4, 4), np.float32)
     factor[0, 1] = 2  # stored expert 1 is what 2 and 3 became
-    from espalier.plan_tensors import PlanTensor
+    from espalier.plans.plan_tensors import PlanTensor
 
     plan = Plan({}, {0: (Skip(0.5, factor="f"),)}, tensors={"f": PlanTensor.of(factor)})
     merged = Plan({}, {0: (Merge(((0, 1), (2, 3)), ((0.5, 0.5), (0.5, 0.5))),)})

@@ -4,17 +4,17 @@ import json
 
 import pytest
 
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.budget import survivors
 from espalier.methods.reap import Reap
 from espalier.methods.soft_count import SoftCount
-from espalier.operations import Keep, Merge, Skip
-from espalier.plan import Plan
-from espalier.prove import prove
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import Keep, Merge, Skip
+from espalier.plans.plan import Plan
+from espalier.surgery.apply import apply
+from espalier.surgery.prove import prove
 from tiny import save_tiny
 
 

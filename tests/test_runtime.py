@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from espalier import runtime
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.errors import UserError
 from espalier.families import family_of
-from espalier.operations import Merge, Skip
-from espalier.plan import Plan
+from espalier.models import runtime
+from espalier.plans.operations import Merge, Skip
+from espalier.plans.plan import Plan
+from espalier.surgery.apply import apply
 from example_plans import example_plan, examples, moe_layers
 from plain_block import plain_block
 from tiny import FAMILIES, ONE_EXPERT, VOCABULARY

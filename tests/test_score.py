@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from espalier import score as scoring
-from espalier import tokens, windows
 from espalier.errors import UserError
-from espalier.running import Running
-from espalier.teacher import make_teacher, save_teacher
+from espalier.inputs import tokens, windows
+from espalier.models.running import Running
+from espalier.scoring import score as scoring
+from espalier.training.teacher import make_teacher, save_teacher
 from tiny import save_tiny, save_tokenizer
 
 DOMAINS = ("wiki", "code")
@@ -67,7 +67,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def local_assets(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from espalier.embedded import tasks
+    from espalier.scoring import tasks
 
     for module in (scoring, windows):
         monkeypatch.setattr(module, "text_directory", lambda: assets / "text")
@@ -149,7 +149,7 @@ def test_shared_contexts_give_the_log_likelihoods_of_lm_evals_own_model(moe: Pat
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from espalier.harness import SharedContextLM
+    from espalier.scoring.harness import SharedContextLM
 
     generator = torch.Generator().manual_seed(7)
     contexts = [words(n, generator) for n in (10, 10, 11, 3, 300)]

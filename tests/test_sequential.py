@@ -8,18 +8,18 @@ import pytest
 import torch
 
 import espalier
-from espalier import graph
-from espalier.checkpoint import Checkpoint
-from espalier.collect import collect_checkpoint
-from espalier.experts import ExpertWeights
+from espalier.artefacts.store import Store
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.collect import collect_checkpoint
+from espalier.collecting.sequential import plan_sequentially
 from espalier.methods import is_sequential
 from espalier.methods.naee import Naee
-from espalier.operations import Keep
-from espalier.plan import Plan
-from espalier.running import Running
-from espalier.runtime import change_block, load, moe_blocks
-from espalier.sequential import plan_sequentially
-from espalier.store import Store
+from espalier.models.experts import ExpertWeights
+from espalier.models.running import Running
+from espalier.models.runtime import change_block, load, moe_blocks
+from espalier.plans.operations import Keep
+from espalier.plans.plan import Plan
+from espalier.workflow import graph
 from tiny import VOCABULARY
 
 RUNNING = Running.of(device="cpu", collect_batch_size=2)

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from espalier import partial, shards
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
+from espalier.artefacts import partial
+from espalier.artefacts.partial import partial_folder, resumable_directory
+from espalier.checkpoints import shards
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.checkpoints.shards import OutputTensor, ShardWriter
 from espalier.errors import UserError
-from espalier.partial import partial_folder, resumable_directory
-from espalier.plan import Plan
-from espalier.shards import OutputTensor, ShardWriter
+from espalier.plans.plan import Plan
+from espalier.surgery.apply import apply
 from example_plans import example_plan
 from killing import contents, killed_each
 
@@ -103,11 +104,11 @@ def test_as_many_tensors_in_memory_as_workers(tmp_path):
 KILLED = """
 import json, os, signal, sys, threading
 from pathlib import Path
-import espalier.apply, espalier.partial, espalier.shards
-from espalier.plan import Plan
+import espalier.surgery.apply, espalier.artefacts.partial, espalier.checkpoints.shards
+from espalier.plans.plan import Plan
 
 source, plan, out, moments = Path(sys.argv[1]), Plan.load(Path(sys.argv[2])), Path(sys.argv[3]), json.loads(sys.argv[4])
-FILES = {module.__file__ for module in (espalier.apply, espalier.partial, espalier.shards)}
+FILES = {m.__file__ for m in (espalier.surgery.apply, espalier.artefacts.partial, espalier.checkpoints.shards)}
 
 def child(number, moment):
     lines, lock = 0, threading.Lock()
@@ -123,7 +124,7 @@ def child(number, moment):
         return trace
     threading.settrace(trace)
     sys.settrace(trace)
-    espalier.apply.apply(source, plan, out / str(number), prove=False, workers=2)
+    espalier.surgery.apply.apply(source, plan, out / str(number), prove=False, workers=2)
     sys.settrace(None)
     return lines
 
@@ -236,7 +237,7 @@ def test_what_another_run_left_is_discarded(changed, source, tmp_path, monkeypat
         file = mine / Checkpoint(mine).files[0]
         os.utime(file, ns=(0, 0))
     else:
-        monkeypatch.setattr("espalier.apply.code_version", lambda: "another")
+        monkeypatch.setattr("espalier.surgery.apply.code_version", lambda: "another")
     apply(mine, plan, out, prove=False)
     apply(mine, plan, tmp_path / "fresh", prove=False)
     assert contents(out) == contents(tmp_path / "fresh")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from espalier import runtime
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.families import family_of
-from espalier.operations import NO_ATTENTION_WEIGHTS, Merge, Skip
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
+from espalier.models import runtime
+from espalier.plans.operations import NO_ATTENTION_WEIGHTS, Merge, Skip
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
+from espalier.surgery.apply import apply
 from example_plans import NO_SOFTMAX, example_plan, examples
 from plain_block import plain_block
 from tiny import FAMILIES, ONE_EXPERT, VOCABULARY
@@ -250,7 +250,7 @@ def test_attention_without_weights_is_told(applied):
 
 @pytest.mark.parametrize("kind", ["skip_factor", "skip_protect", "skip_top_p"])
 def test_the_proofs_hold(kind, applied):
-    from espalier.prove import TOLERANCE, prove
+    from espalier.surgery.prove import TOLERANCE, prove
 
     source, out, plan = applied("qwen3_moe", kind)
     for streamed in (False, True):

@@ -4,21 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from espalier import runtime
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.collect import collect, collect_checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.collect import collect, collect_checkpoint
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.families import family_of
 from espalier.methods import build, make_plan
 from espalier.methods.cka import linear_cka, relative_to_mean
 from espalier.methods.odp import protected
 from espalier.methods.thresholds import cut_values, kept, threshold_for
-from espalier.operations import NO_ATTENTION_WEIGHTS, Skip
-from espalier.prove import prove
-from espalier.running import Running
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.models import runtime
+from espalier.models.running import Running
+from espalier.plans.operations import NO_ATTENTION_WEIGHTS, Skip
+from espalier.surgery.apply import apply
+from espalier.surgery.prove import prove
 from stats_factory import PlainExperts, make_blocks, make_shape, observe
 from test_methods import CONFIGS
 from tiny import FAMILIES, VOCABULARY

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from espalier import conf, hub, sources
+from espalier import conf
 from espalier.errors import UserError
+from espalier.inputs import hub, sources
 from stub_hub import StubHub
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -215,7 +216,7 @@ def test_calibration_and_task_revisions(tmp_path, monkeypatch):
     (assets / "tasks").mkdir()
     (assets / "tasks/cloze.yaml").write_text("task: cloze")
     (assets / "tasks/cloze.jsonl").write_text("{}")
-    monkeypatch.setattr(sources, "ASSETS", assets)
+    monkeypatch.setattr("espalier.inputs.assets.ROOT", assets)
 
     def embedded(*domains):
         return sources.calibration_revision({"name": "e", "source": "embedded", "domains": list(domains)})

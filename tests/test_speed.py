@@ -7,13 +7,14 @@ import torch
 from transformers import AutoTokenizer
 
 from dense_models import EVEN, LAYERS, LINEAR, WIDTH, save_dense, split_plan
-from espalier import intervals, speed
-from espalier.apply import apply
 from espalier.errors import UserError
-from espalier.running import Running
-from espalier.runtime import load
-from espalier.speed_settings import Timing
-from espalier.split import Split
+from espalier.models.running import Running
+from espalier.models.runtime import load
+from espalier.plans.split import Split
+from espalier.scoring import intervals
+from espalier.surgery.apply import apply
+from espalier.timing import speed
+from espalier.timing.speed_settings import Timing
 
 CPU = Running.of(device="cpu", stream="never")
 TIMING = Timing("test", prompt=12, new=4, rounds=3)

@@ -20,16 +20,18 @@ from dense_models import (
     save_dense,
     split_plan,
 )
-from espalier import dense_families, runtime, sparse_ffn
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
+from espalier import dense_families
+from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.errors import UserError
-from espalier.live_split import LiveSplit
-from espalier.operations import Keep
-from espalier.plan import Plan
-from espalier.prove import LENGTH, ROWS, prove
-from espalier.sparse_ffn import SparseFFN
-from espalier.split import Split, Threshold
+from espalier.modeling import sparse_ffn
+from espalier.modeling.sparse_ffn import SparseFFN
+from espalier.models import runtime
+from espalier.models.live_split import LiveSplit
+from espalier.plans.operations import Keep
+from espalier.plans.plan import Plan
+from espalier.plans.split import Split, Threshold
+from espalier.surgery.apply import apply
+from espalier.surgery.prove import LENGTH, ROWS, prove
 from tiny import VOCABULARY, save_tiny
 
 IDS = torch.arange(3 * 10).reshape(3, 10) * 7 % VOCABULARY
@@ -319,8 +321,8 @@ def test_a_checkpoint_is_not_larger_than_the_model_and_its_routers(models, tmp_p
 @pytest.mark.parametrize("kind", ["tomoe", "two_overlapping", "cmoe", "llama_moe", "dsmoe", "threshold_one"])
 def test_a_single_token_in_bf16_reads_rows_wherever_they_lie(kind, gap, monkeypatch):
     """Segments apart from each other, in and out of reach of one piece, against the formula in float64."""
-    monkeypatch.setattr("espalier.sparse_ffn.GAP", gap)
-    monkeypatch.setattr("espalier.sparse_ffn.ALIGN", 4)
+    monkeypatch.setattr("espalier.modeling.sparse_ffn.GAP", gap)
+    monkeypatch.setattr("espalier.modeling.sparse_ffn.ALIGN", 4)
     ffn = make_ffn(kind).bfloat16().eval()
     ffn.router.float()
     rows = torch.randn(20, 32, generator=torch.Generator().manual_seed(3)).bfloat16()

@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 
-from espalier import graph, stages
+from espalier import stages
+from espalier.workflow import graph
 from test_graph import project
 
 SLOW = ("torch", "transformers", "scipy.optimize", "sklearn", "matplotlib", "hydra", "omegaconf", "snakemake", "wandb")
@@ -14,10 +15,10 @@ JOBS = """
 import sys
 from pathlib import Path
 from espalier import cli, stages
-from espalier.store import Store
+from espalier.artefacts.store import Store
 for id in sys.argv[2:]:
     stages.run(id, Store(Path(sys.argv[1])))
-import espalier.tables
+import espalier.tables.table
 print([name for name in {slow} if name in sys.modules])
 """
 

@@ -8,16 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from espalier import runtime
-from espalier.activations import Activations
-from espalier.checkpoint import Checkpoint
-from espalier.collect import collect, collect_checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.checkpoints.weights import WeightMap
+from espalier.collecting.collect import collect, collect_checkpoint
 from espalier.errors import UserError
-from espalier.operations import NO_ATTENTION_WEIGHTS
+from espalier.models import runtime
+from espalier.models.activations import Activations
+from espalier.models.running import Running
+from espalier.models.stream import Batch, StreamedModel
+from espalier.plans.operations import NO_ATTENTION_WEIGHTS
 from espalier.probes import PROBES
-from espalier.running import Running
-from espalier.stream import Batch, StreamedModel
-from espalier.weights import WeightMap
 from killing import killed_until_done, run
 from tiny import COMMON, FAMILIES, VOCABULARY, save_tiny
 
@@ -262,7 +262,7 @@ def test_it_streams_what_does_not_fit(tmp_path, monkeypatch):
     checkpoint = Checkpoint(save_tiny("mixtral", tmp_path))
     auto = Running.of(device="cpu")
     for free, streams in ((1e12, False), (1e6, True)):
-        monkeypatch.setattr("espalier.running.free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("espalier.models.running.free_bytes", lambda device, free=free: free)
         assert auto.streams(checkpoint, "float32") is streams
         assert STREAMED.streams(checkpoint, "float32")
         assert not WHOLE.streams(checkpoint, "float32")

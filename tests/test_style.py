@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -53,6 +54,52 @@ def test_no_pickle():
         found = set(imports(path)) & {"pickle", "joblib", "shelve", "dill", "cloudpickle"}
         assert not found, path
         assert not re.search(r"torch\.(save|load)\(|np\.load\((?!.*allow_pickle=False)", path.read_text()), path
+
+
+# From what all use to what uses all: a package's files import from those before it and from its own row.
+LAYERS = (
+    "errors", "conf", "progress", "tracking", "artefacts", "machine", "modeling", "inputs",
+    ("checkpoints", "families", "dense_families"), "kernels", "plans", "models", "surgery", ("collecting", "probes"),
+    "costs", "training", "methods", "fits", "scoring", "timing", "workflow", "tables", "figures", "report",
+    ("stages", "oneshot", "embedded"), ("cli", "doctor", "__main__", "__init__"),
+)  # fmt: skip
+
+
+def test_packages_import_from_the_layers_below_them():
+    place = {name: i for i, row in enumerate(LAYERS) for name in ([row] if isinstance(row, str) else row)}
+    own = ROOT / "src/espalier"
+    assert {p.stem for p in own.glob("*.py")} | {p.parent.name for p in own.glob("*/__init__.py")} == set(place)
+    upward = []
+    for path in SOURCES:
+        here = path.relative_to(own).parts[0].removesuffix(".py")
+        for target in loaded(ast.parse(path.read_text())):
+            if place[target] > place[here]:
+                upward.append(f"{path.relative_to(own)} imports {target}")
+    assert not upward
+
+
+def loaded(tree):
+    """Parts of Espalier that a module imports when it is imported itself: not those that its functions import."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("espalier."))
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == "espalier":
+            yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.startswith("espalier."):
+            yield node.module.split(".")[1]
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += [] if is_for_types(node) else ast.iter_child_nodes(node)
+
+
+def is_for_types(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def test_shipped_code_needs_nothing_of_ours():
+    for path in sorted((ROOT / "src/espalier/modeling").glob("*.py")):
+        assert set(imports(path)) <= sys.stdlib_module_names | {"torch", "transformers"}, path
 
 
 def test_files_are_one_thing():

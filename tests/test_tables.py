@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from espalier import intervals
+from espalier.artefacts.store import Node, Store, read_json, run_record_path, write_json
 from espalier.errors import UserError
-from espalier.samples import save_scores
-from espalier.store import Node, Store, read_json, run_record_path, write_json
-from espalier.tables import load_table, make_table
+from espalier.scoring import intervals
+from espalier.scoring.samples import save_scores
+from espalier.tables.table import load_table, make_table
 
 DOMAINS = {"perplexity_wiki": 30, "perplexity_code": 12}
 CHOICES = {"cloze_wiki": 80, "maths_choice": 50}
@@ -508,5 +508,5 @@ def test_divergences_neurons_and_times_stand_in_the_table(made: Made, tmp_path: 
 
 
 def test_tables_import_no_torch() -> None:
-    code = "import sys, espalier.tables; assert 'torch' not in sys.modules"
+    code = "import sys, espalier.tables.table; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from espalier import temporary
+from espalier.artefacts import temporary
+from espalier.artefacts.store import Node, Store
 from espalier.errors import UserError
-from espalier.store import Node, Store
 
 MODEL = Node("fetch", {"id": "embedded:moe", "revision": "sha256:0"})
 

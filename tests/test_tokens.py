@@ -15,8 +15,9 @@ from safetensors.torch import save_file as save_torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from espalier import conf, tokens
+from espalier import conf
 from espalier.errors import UserError
+from espalier.inputs import tokens
 from tiny import save_tokenizer
 
 EOS = 2
@@ -112,7 +113,7 @@ def test_the_draw_is_seeded_nested_and_independent_of_other_domains(plain, texts
 
 def hub_calibration(path, samples, length, monkeypatch):
     asked = []
-    monkeypatch.setattr("espalier.hub.data_file", lambda *args: asked.append(args) or path)
+    monkeypatch.setattr("espalier.inputs.hub.data_file", lambda *args: asked.append(args) or path)
     calibration = {
         "name": "c4", "source": "hub", "id": "allenai/c4", "revision": "f" * 40, "file": "en/first.json.gz",
         "draw": "documents", "samples": samples, "length": length, "seed": 42, "content": "f" * 40,

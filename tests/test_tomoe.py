@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from dense_models import HIDDEN, LAYERS, WIDTH, save_dense
-from espalier import conf, runtime
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
+from espalier import conf
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
-from espalier.fit import fit
 from espalier.fits.tomoe import MEDIAN, Fit
 from espalier.methods import build, make_plan
 from espalier.methods.signatures import path, pieces, segments_of
-from espalier.running import Running
-from espalier.stats import Stats
+from espalier.models import runtime
+from espalier.models.running import Running
+from espalier.surgery.apply import apply
+from espalier.training.fit import fit
 
 RUNNING = Running.of(device="cpu", stream="never")
 IDS = np.random.default_rng(0).integers(3, 95, (12, 16)).astype(np.int32)
@@ -140,7 +141,7 @@ def test_an_interrupted_fit_ends_with_the_same_numbers(models, learnt, tmp_path,
         if len(heard) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("espalier.train.TrainingState.due", lambda self: True)
+    monkeypatch.setattr("espalier.training.train.TrainingState.due", lambda self: True)
     fitting = make(tokens=8 * 64).fit
     with pytest.raises(KeyboardInterrupt):
         fit(models("llama"), fitting, IDS, None, RUNNING, tmp_path / "state", log=log)

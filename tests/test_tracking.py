@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from espalier import graph, launch, stages, tracking
+from espalier import stages, tracking
+from espalier.artefacts.store import Node, Store
 from espalier.errors import UserError
-from espalier.store import Node, Store
 from espalier.tracking import Silent, Wandb, check, track
+from espalier.workflow import graph, launch
 
 ID = "0123456789ab"
 OFFLINE = """
@@ -39,7 +40,8 @@ for line in Path("/proc/net/snmp").read_text().splitlines() + Path("/proc/net/sn
 # Runs a stage whose training saves its state every second step and is killed in the fifth, which is then not saved.
 KILLED = """
 import os, signal, sys, time
-from espalier import cli, train
+from espalier import cli
+from espalier.training import train
 def due(state, steps=iter(range(1, 100))):
     step = next(steps)
     if step == 5:
@@ -157,8 +159,8 @@ def test_scores_are_told_when_they_are_saved(tmp_path, monkeypatch) -> None:
 
     document = {"format": "espalier.score/1", "tasks": {"maths_choice": {"value": 0.25}}}
     monkeypatch.setattr(stages, "weights", lambda node, store: tmp_path)
-    monkeypatch.setattr("espalier.score.score", lambda *arguments, **named: (document, None))
-    monkeypatch.setattr("espalier.score.save_scores", lambda path, *_: path.touch())
+    monkeypatch.setattr("espalier.scoring.score.score", lambda *arguments, **named: (document, None))
+    monkeypatch.setattr("espalier.scoring.score.save_scores", lambda path, *_: path.touch())
     monkeypatch.setattr(tracking, "track", recorder)
     stages.run(node.id, store)
     assert heard == [(node.id, "full", "score"), ({"maths_choice": 0.25}, 0, True)]

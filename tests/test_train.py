@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from espalier.errors import InterruptedWork, UserError
-from espalier.train import Training, TrainingState, interruption, shuffled, train
+from espalier.training.train import Training, TrainingState, interruption, shuffled, train
 
 
 class Line(nn.Module):
@@ -145,7 +145,7 @@ def test_what_listeners_draw_changes_nothing(tmp_path):
 def test_steps_are_told_when_they_are_safe_and_each_once(tmp_path, monkeypatch):
     training, told, broken = Training(0.05, 7), [], []
     saves = iter([False, False, True, False, False, True, False, False])  # behind steps 1 to 4, 4 to 7
-    monkeypatch.setattr("espalier.train.TrainingState.due", lambda self: next(saves))
+    monkeypatch.setattr("espalier.training.train.TrainingState.due", lambda self: next(saves))
 
     def batch(n):
         if n == 4 and not broken:

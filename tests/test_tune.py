@@ -15,19 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from espalier import conf, runtime
-from espalier.checkpoint import Checkpoint
-from espalier.embedded.assets import model_directory, task_directory, text_directory
-from espalier.embedded.documents import read_jsonl
+from espalier import conf
+from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.errors import InterruptedWork, UserError
-from espalier.running import Running
-from espalier.teacher import make_teacher, save_teacher
-from espalier.tokens import make_tokens
-from espalier.tune import Text, tune
-from espalier.tune_layerwise import Part
-from espalier.tune_losses import divergence, entropy, next_token, top_and_tail
-from espalier.tune_names import tuned_names
-from espalier.tune_settings import Tuning
+from espalier.inputs.assets import model_directory, task_directory, text_directory
+from espalier.inputs.documents import read_jsonl
+from espalier.inputs.tokens import make_tokens
+from espalier.models import runtime
+from espalier.models.running import Running
+from espalier.training.teacher import make_teacher, save_teacher
+from espalier.training.tune import Text, tune
+from espalier.training.tune_layerwise import Part
+from espalier.training.tune_losses import divergence, entropy, next_token, top_and_tail
+from espalier.training.tune_names import tuned_names
+from espalier.training.tune_settings import Tuning
 from tiny import FAMILIES
 
 CPU = Running.of(device="cpu", stream="never", collect_batch_size=2)
@@ -152,7 +153,7 @@ class StopError(Exception):
 
 def interrupt_after(monkeypatch, steps, how):
     """Let training stop after so many steps in all: `signal` as SIGTERM does, `kill` in the middle of a step."""
-    from espalier import train
+    from espalier.training import train
 
     plain, seen = train._update, []
 
@@ -171,7 +172,7 @@ def interrupt_after(monkeypatch, steps, how):
 @pytest.mark.parametrize("how", ["signal", "kill"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_interrupted_tuning_ends_with_the_same_bytes(objective, how, applied, teachers, tmp_path, monkeypatch):
-    from espalier import train
+    from espalier.training import train
 
     text = some_text(masked=True)
     changes = {"text": text, "tokens": 16 * 5, "entropy": 0.1, "accumulation": 1}
@@ -288,7 +289,7 @@ def test_the_first_layerwise_loss_is_what_hooks_on_whole_models_give(
     inputs, family, applied, teachers, tmp_path, monkeypatch
 ):
     """Layer 0 before its first step, and layer 2 of a tuning that changes nothing, from two whole models."""
-    from espalier import train
+    from espalier.training import train
 
     monkeypatch.setattr(train, "_update", lambda masters, trained, optimizer, clip: optimizer.zero_grad())
     source, compressed, _ = applied(family, "remap")
@@ -453,7 +454,7 @@ def test_no_tuning_text_is_test_text():
 @pytest.mark.slow
 def test_sigterm_ends_the_command_with_one_line_and_the_same_command_goes_on(tmp_path):
     """The node's command, terminated while it trains, then run again, against one that was left alone."""
-    from espalier.store import Node, Store
+    from espalier.artefacts.store import Node, Store
 
     results = []
     for name in ("whole", "parts"):

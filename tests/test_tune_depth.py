@@ -10,17 +10,18 @@ from safetensors.torch import load_file
 
 from dense_models import save_dense
 from depth_plans import KINDS, depth_plan
-from espalier import conf, runtime
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
-from espalier.depth_count import count_depth
+from espalier import conf
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.stats import Stats
 from espalier.errors import InterruptedWork, UserError
 from espalier.methods import build, make_plan
-from espalier.running import Running
-from espalier.stats import Stats
-from espalier.tune import Text, tune
-from espalier.tune_depth import DepthGates
-from espalier.tune_settings import Tuning
+from espalier.models import runtime
+from espalier.models.depth_count import count_depth
+from espalier.models.running import Running
+from espalier.surgery.apply import apply
+from espalier.training.tune import Text, tune
+from espalier.training.tune_depth import DepthGates
+from espalier.training.tune_settings import Tuning
 
 RUNNING = Running.of(device="cpu", stream="never")
 IDS = np.random.default_rng(0).integers(3, 95, (12, 16)).astype(np.int32)
@@ -158,7 +159,7 @@ def test_an_interrupted_training_has_the_same_bytes(train, routed, tmp_path, mon
         if len(steps) == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("espalier.train.TrainingState.due", lambda self: True)
+    monkeypatch.setattr("espalier.training.train.TrainingState.due", lambda self: True)
     with pytest.raises(InterruptedWork):
         tune(start, tmp_path / "out", tuning, Text(IDS), RUNNING, tmp_path / "two", log=stop)
     tuned(start, tmp_path / "out", tuning, state="two")
@@ -250,7 +251,7 @@ def test_another_rule_after_training(routed, tmp_path):
 
 
 def test_kinds_are_all_of_the_operation():
-    from espalier.depth import GRANULARITIES, RULES
+    from espalier.plans.depth import GRANULARITIES, RULES
 
     assert {operation.rule for operation in KINDS.values()} == set(RULES)
     assert {operation.granularity for operation in KINDS.values()} == set(GRANULARITIES)

@@ -10,19 +10,20 @@ import torch
 from safetensors.torch import load_file
 
 from dense_models import HIDDEN, KINDS, LAYERS, WIDTH, save_dense, split_plan
-from espalier import conf, runtime
-from espalier.apply import apply
-from espalier.checkpoint import Checkpoint
+from espalier import conf
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
-from espalier.ffn_count import count_neurons
 from espalier.methods import build, make_plan
-from espalier.running import Running
-from espalier.stats import Stats
-from espalier.train import Step
-from espalier.tune import Text, tune
-from espalier.tune_gates import Controller, Gates
-from espalier.tune_names import tuned_names
-from espalier.tune_settings import Tuning
+from espalier.models import runtime
+from espalier.models.ffn_count import count_neurons
+from espalier.models.running import Running
+from espalier.surgery.apply import apply
+from espalier.training.train import Step
+from espalier.training.tune import Text, tune
+from espalier.training.tune_gates import Controller, Gates
+from espalier.training.tune_names import tuned_names
+from espalier.training.tune_settings import Tuning
 from tiny import save_tiny
 
 RUNNING = Running.of(device="cpu", stream="never")
@@ -164,8 +165,8 @@ def test_an_interrupted_training_ends_with_the_same_bytes(split, tmp_path, monke
         if len(steps) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("espalier.train.SAVE_SECONDS", -1.0)
-    monkeypatch.setattr("espalier.train.TrainingState.due", lambda self: True)
+    monkeypatch.setattr("espalier.training.train.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("espalier.training.train.TrainingState.due", lambda self: True)
     state = tmp_path / "other"
     with pytest.raises(KeyboardInterrupt):
         tune(split, tmp_path / "broken", tuning, Text(IDS), RUNNING, state, log=log)
@@ -204,7 +205,7 @@ def test_other_splits_are_tuned_too(kind, tmp_path):
 
 
 def test_a_teacher_is_followed(split, tmp_path):
-    from espalier.teacher import make_teacher, save_teacher
+    from espalier.training.teacher import make_teacher, save_teacher
 
     original = split.parent / "model"
     save_teacher(tmp_path / "teacher", make_teacher(original, IDS, None, 8, "float32", RUNNING), {})

@@ -6,11 +6,13 @@ from collections import Counter
 
 import pytest
 
-from espalier import conf, graph, lineage, stages
+from espalier import conf, stages
+from espalier.artefacts import lineage
+from espalier.artefacts.store import Node, Store
 from espalier.errors import UserError
-from espalier.hardware import Hardware
-from espalier.job_requests import Requests
-from espalier.store import Node, Store
+from espalier.machine.hardware import Hardware
+from espalier.workflow import graph
+from espalier.workflow.job_requests import Requests
 
 
 def project(tmp_path, monkeypatch, sweep, rest="", tasks="[maths_choice]"):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas
 import pytest
 
-from espalier import graph
-from espalier.store import Store
+from espalier.artefacts.store import Store
+from espalier.workflow import graph
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "{method: [reap, hc_smoe], method.ratio: [0.25, 0.5]}"

@@ -149,8 +149,8 @@ def dequantise(
     ] = None,
 ) -> None:
     """Rewrite a quantised checkpoint with bf16 weights, which every other command reads."""
-    from espalier.dequantise import dequantise as run
     from espalier.progress import show as show_progress
+    from espalier.surgery.dequantise import dequantise as run
 
     with show_progress() as progress:
         report = run(source, out, workers=workers, progress=lambda done, total: progress("dequantise", done, total))
@@ -189,7 +189,7 @@ def run(
     results: Results = Path("results"),
 ) -> None:
     """Run an experiment: every job that is not done yet, then the table and the report."""
-    from espalier import launch
+    from espalier.workflow import launch
 
     code = launch.run(
         experiment, overrides or [], results=results, dry=dry, cores=cores, profile=profile, tracking=tracking
@@ -211,7 +211,7 @@ def prefetch(
     results: Results = Path("results"),
 ) -> None:
     """Download the models, texts and tasks' data of an experiment, so that its jobs need no network."""
-    from espalier.prefetch import prefetch as run
+    from espalier.workflow.prefetch import prefetch as run
 
     run(experiment, overrides or [], results, print)
 
@@ -233,9 +233,10 @@ def estimate(
     """Compute bytes, FLOPs, peak memory, disk and time of each stage before anything runs, from config.json alone."""
     import dataclasses
 
-    from espalier import conf, forecast, forecast_text
-    from espalier.hardware import HERE, Hardware
-    from espalier.running import Running
+    from espalier import conf
+    from espalier.machine.hardware import HERE, Hardware
+    from espalier.models.running import Running
+    from espalier.workflow import forecast, forecast_text
 
     machine = Hardware.load(hardware)
     if hardware == HERE and (flops is None or disk is None):
@@ -252,8 +253,8 @@ def estimate(
 @app.command(rich_help_panel=LOOK)
 def show(node: NodeId, results: Results = Path("results")) -> None:
     """Print what a node is, what it was made from and how."""
-    from espalier import lineage
-    from espalier.store import Store
+    from espalier.artefacts import lineage
+    from espalier.artefacts.store import Store
 
     print(lineage.show(Store(results), node))
 
@@ -269,8 +270,8 @@ def diff(
 
     espalier diff 'demo:naee 50 %' 'demo:reap 50 %'
     """
-    from espalier import difference, difference_text
-    from espalier.store import Store
+    from espalier.artefacts import difference, difference_text
+    from espalier.artefacts.store import Store
 
     store = Store(results)
     theirs = store if other is None else Store(other)
@@ -288,8 +289,9 @@ def gc(
     results: Results = Path("results"),
 ) -> None:
     """List artefacts that no experiment's newest table and no name in results/refs needs."""
-    from espalier import conf, garbage
-    from espalier.store import Store
+    from espalier import conf
+    from espalier.artefacts.store import Store
+    from espalier.workflow import garbage
 
     store = Store(results)
     found = garbage.delete(store, forget or []) if delete else garbage.find(store, forget or [])
@@ -322,7 +324,7 @@ def pin(
     update: Annotated[bool, typer.Option("--update", help="Replace a commit that is there already.")] = False,
 ) -> None:
     """Ask the hub for a model's or data set's current commit and write it into its YAML."""
-    from espalier import sources
+    from espalier.inputs import sources
 
     path, before, now = sources.pin(name, update)
     if before == now:
@@ -334,8 +336,9 @@ def pin(
 def _stage(name: str, what: str) -> None:
     @app.command(name, help=what, rich_help_panel=STAGE)
     def stage(node: NodeId, results: Results = Path("results")) -> None:
-        from espalier import lineage, stages
-        from espalier.store import Store
+        from espalier import stages
+        from espalier.artefacts import lineage
+        from espalier.artefacts.store import Store
 
         store = Store(results)
         document = lineage.find(store, node)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from espalier import conf
+from espalier.artefacts.provenance import device_name, git_state
 from espalier.errors import UserError
-from espalier.provenance import device_name, git_state
 
 State = Literal["ok", "note", "missing"]
 RUN = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "snakemake")
@@ -187,7 +187,7 @@ def _hub() -> Finding:
 
 
 def _project() -> Finding:
-    from espalier.launch import project
+    from espalier.workflow.launch import project
 
     try:
         root = project()

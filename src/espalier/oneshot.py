@@ -10,17 +10,18 @@ from typing import Any, cast
 
 import numpy as np
 
-from espalier import conf, methods, sources
-from espalier.checkpoint import Checkpoint
+from espalier import conf, methods
+from espalier.artefacts.partial import check_disk, code_version, refuse_existing, resumable_work, work_folder
+from espalier.artefacts.store import read_json, write_json
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError, nearest
-from espalier.fit_settings import Fitting
+from espalier.inputs import sources
 from espalier.methods import AnyMethod
-from espalier.partial import check_disk, code_version, refuse_existing, resumable_work, work_folder
-from espalier.plan import Plan
+from espalier.models.running import Running
+from espalier.plans.plan import Plan
 from espalier.progress import Progress
-from espalier.running import Running
-from espalier.stats import Stats
-from espalier.store import read_json, write_json
+from espalier.training.fit_settings import Fitting
 
 STEP = "espalier.step/1"
 Tokens = tuple[Any, Any, dict[str, Any]]  # input_ids [N, L], attention_mask [N, L] or None, facts
@@ -164,14 +165,14 @@ def calibration_of(name: str) -> dict[str, Any]:
 
 
 def _check_space(source: Path, steps: list[Step], out: Path) -> None:
-    from espalier.estimate import checkpoint_bytes
+    from espalier.costs.estimate import checkpoint_bytes
 
     needed = checkpoint_bytes(source, [getattr(step.method, "ratio", None) for step in steps])
     check_disk(out, needed, work=True)
 
 
 def _tokens(calibration: dict[str, Any], source: Path) -> Tokens:
-    from espalier import tokens
+    from espalier.inputs import tokens
 
     path = Path(str(calibration.get("path")))
     if calibration["source"] == "file" and path.suffix in tokens.TOKEN_FILES:
@@ -182,7 +183,7 @@ def _tokens(calibration: dict[str, Any], source: Path) -> Tokens:
 def _revision(id: str, revision: str | None, results: Path) -> str | None:
     """The content identity of the model, for plan.json; hashes are only remembered where results exist already."""
     if sources.is_local(id) and not results.exists():
-        from espalier.store import content_revision
+        from espalier.artefacts.store import content_revision
 
         return content_revision(Path(id).expanduser())
     return sources.revision_of(id, revision, results)
@@ -243,7 +244,7 @@ class _Run:
         return Plan.load(kept)  # its tensors are read from the file from now on
 
     def _plan_sequentially(self, step: Step, source: Path) -> Plan:
-        from espalier.sequential import SequentialMethod, plan_sequentially
+        from espalier.collecting.sequential import SequentialMethod, plan_sequentially
 
         progress = _named(self.tell, f"{step.name}: layers")
         method = cast(SequentialMethod, step.method)
@@ -258,7 +259,7 @@ class _Run:
         return Stats.load(*paths)
 
     def _fit(self, step: Step, fitting: Fitting, source: Path, name: Path) -> Path:
-        from espalier.fit import fit, save_fit
+        from espalier.training.fit import fit, save_fit
 
         kept, state = name.with_suffix(".fit.safetensors"), name.with_suffix(".training")
         if not kept.exists():
@@ -276,7 +277,7 @@ class _Run:
         if not step.method.probes:
             stats = Stats.empty(Checkpoint(source).any_shape())
         else:
-            from espalier.collect import collect_checkpoint
+            from espalier.collecting.collect import collect_checkpoint
 
             ids, mask, _ = self.tokens
             self.tell(f"{step.name}: loading {source}", 0, 0)
@@ -289,7 +290,7 @@ class _Run:
         return kept
 
     def _apply(self, source: Path, plan: Plan, out: Path, replace: bool, prove: bool) -> dict[str, Any]:
-        from espalier.apply import apply
+        from espalier.surgery.apply import apply
 
         progress = _named(self.tell, f"{plan.method['name']}: apply")
         workers = self.running.apply_workers
@@ -304,7 +305,7 @@ def _named(tell: Progress, what: str) -> Callable[[int, int], None]:
 
 def _keep(work: Path, kept: Path, tokens: Tokens) -> None:
     """Put the steps' plans, statistics and checkpoints, with the tokens, into the folder `kept`."""
-    from espalier.tokens import save_tokens
+    from espalier.inputs.tokens import save_tokens
 
     save_tokens(work / "tokens.safetensors", *tokens)
     shutil.rmtree(kept, ignore_errors=True)

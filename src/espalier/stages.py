@@ -7,15 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier import conf, temporary
+from espalier import conf
+from espalier.artefacts import temporary
+from espalier.artefacts.partial import resumable_work
+from espalier.artefacts.provenance import run_record
+from espalier.artefacts.store import MODELS, Store, identity, read_json, write_json
 from espalier.errors import UserError
-from espalier.partial import resumable_work
-from espalier.provenance import run_record
-from espalier.running import Running
-from espalier.store import MODELS, Store, identity, read_json, write_json
+from espalier.models.running import Running
 
 if TYPE_CHECKING:
-    from espalier.plan import Plan
+    from espalier.plans.plan import Plan
     from espalier.tracking import Tracker
 
 Document = dict[str, Any]
@@ -64,7 +65,7 @@ def _directory(model: Document, store: Store) -> Path:
 
 
 def _fetch(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier import sources
+    from espalier.inputs import sources
 
     config = node["config"]
     directory = sources.resolve(config["id"], config["revision"], store.root).resolve()
@@ -72,7 +73,7 @@ def _fetch(node: Document, store: Store, artefact: Path, record: Document) -> No
 
 
 def _tokens(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier import tokens
+    from espalier.inputs import tokens
 
     ids, mask, facts = tokens.make_tokens(node["config"], weights(node, store))
     tokens.save_tokens(artefact, ids, mask, facts)
@@ -80,9 +81,9 @@ def _tokens(node: Document, store: Store, artefact: Path, record: Document) -> N
 
 
 def _collect(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier import tokens
-    from espalier.checkpoint import Checkpoint
-    from espalier.collect import collect_checkpoint
+    from espalier.checkpoints.checkpoint import Checkpoint
+    from espalier.collecting.collect import collect_checkpoint
+    from espalier.inputs import tokens
 
     config, running = node["config"], Running.of(runtime(store)["runtime"])
     with resumable_work(artefact, node["id"], replace=True) as work:
@@ -98,17 +99,17 @@ def _collect(node: Document, store: Store, artefact: Path, record: Document) -> 
 
 
 def _reduce(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier.reduce import reduce
-    from espalier.stats import Stats
+    from espalier.collecting.reduce import reduce
+    from espalier.collecting.stats import Stats
 
     reduce([Stats.load(store.path(parent)) for parent in node["parents"]]).save(artefact, node=node["id"])
 
 
 def _fit(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier import tokens
-    from espalier.checkpoint import Checkpoint
-    from espalier.fit import fit, save_fit
-    from espalier.fit_settings import Fitting
+    from espalier.checkpoints.checkpoint import Checkpoint
+    from espalier.inputs import tokens
+    from espalier.training.fit import fit, save_fit
+    from espalier.training.fit_settings import Fitting
 
     settings, fitting, directory = runtime(store), Fitting(**node["config"]["fit"]), weights(node, store)
     vocabulary = Checkpoint(directory).config["vocab_size"]
@@ -135,9 +136,9 @@ def _tracked(node: Document, store: Store, settings: Document) -> AbstractContex
 
 
 def _plan(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier.checkpoint import Checkpoint
+    from espalier.checkpoints.checkpoint import Checkpoint
+    from espalier.collecting.stats import Stats
     from espalier.methods import build, evidence_of, is_sequential, make_plan
-    from espalier.stats import Stats
 
     directory = weights(node, store)
     checkpoint = Checkpoint(directory)
@@ -156,9 +157,9 @@ def _plan(node: Document, store: Store, artefact: Path, record: Document) -> Non
 
 def _plan_sequentially(method: Any, directory: Path, node: Document, store: Store, record: Document) -> "Plan":
     """Run the model on the plan's own tokens, and decide as it runs."""
-    from espalier import tokens
-    from espalier.checkpoint import Checkpoint
-    from espalier.sequential import PASSES, plan_sequentially
+    from espalier.checkpoints.checkpoint import Checkpoint
+    from espalier.collecting.sequential import PASSES, plan_sequentially
+    from espalier.inputs import tokens
 
     vocabulary = Checkpoint(directory).config["vocab_size"]
     ids, mask, _ = tokens.load_tokens(store.path(store.parent(node, "tokens")), vocabulary)
@@ -179,8 +180,8 @@ def _apply(node: Document, store: Store, artefact: Path, record: Document) -> No
 
 def _write_checkpoint(node: Document, store: Store, out: Path) -> Document:
     """Write the checkpoint that an `apply` node stands for to `out`, and return the facts of its making."""
-    from espalier.apply import apply
-    from espalier.plan import Plan
+    from espalier.plans.plan import Plan
+    from espalier.surgery.apply import apply
 
     plan_node = store.parent(node, "plan")
     plan = Plan.load(store.path(plan_node))
@@ -206,8 +207,8 @@ def _text(tokens_node: Document) -> str:
 
 
 def _teacher(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier import tokens
-    from espalier.teacher import make_teacher, save_teacher
+    from espalier.inputs import tokens
+    from espalier.training.teacher import make_teacher, save_teacher
 
     config, directory = node["config"], weights(node, store)
     ids, mask, facts = tokens.load_tokens(store.path(store.parent(node, "tokens")), None)
@@ -217,10 +218,10 @@ def _teacher(node: Document, store: Store, artefact: Path, record: Document) -> 
 
 
 def _tune(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier import tokens
-    from espalier.checkpoint import Checkpoint
-    from espalier.tune import Text, tune
-    from espalier.tune_settings import Tuning
+    from espalier.checkpoints.checkpoint import Checkpoint
+    from espalier.inputs import tokens
+    from espalier.training.tune import Text, tune
+    from espalier.training.tune_settings import Tuning
 
     settings, tuning = runtime(store), Tuning.of(node["config"]["tuning"])
     directory, text_node = weights(node, store), store.parent(node, "tokens")
@@ -246,7 +247,7 @@ def _tune(node: Document, store: Store, artefact: Path, record: Document) -> Non
 
 
 def _score(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier.score import save_scores, score
+    from espalier.scoring.score import save_scores, score
 
     settings = runtime(store)
     running = Running.of(settings["runtime"])
@@ -279,8 +280,8 @@ def _speed(node: Document, store: Store, artefact: Path, record: Document) -> No
     if "kernel" in config:
         _kernels(node, store, artefact, original, running.torch_device())
         return
-    from espalier.speed import measure_speed
-    from espalier.speed_settings import Timing
+    from espalier.timing.speed import measure_speed
+    from espalier.timing.speed_settings import Timing
 
     timing = Timing.of(config["speed"])
     document = measure_speed(weights(node, store), original, timing, config["dtype"], running)
@@ -288,9 +289,9 @@ def _speed(node: Document, store: Store, artefact: Path, record: Document) -> No
 
 
 def _kernels(node: Document, store: Store, artefact: Path, original: Path, place: str) -> None:
-    from espalier.kernel_settings import KernelBench
-    from espalier.kernel_speed import Traces, measure_kernels
-    from espalier.stats import Stats
+    from espalier.collecting.stats import Stats
+    from espalier.timing.kernel_settings import KernelBench
+    from espalier.timing.kernel_speed import Traces, measure_kernels
 
     config = node["config"]
     own, before = (
@@ -304,7 +305,7 @@ def _kernels(node: Document, store: Store, artefact: Path, original: Path, place
 
 
 def _table(node: Document, store: Store, artefact: Path, record: Document) -> None:
-    from espalier.tables import make_table
+    from espalier.tables.table import make_table
 
     table = make_table(node["config"], store)
     table.write(artefact.with_suffix(""))

@@ -6,10 +6,11 @@ from pathlib import Path
 SOURCE = Path(workflow.basedir) / "src"
 sys.path.insert(0, str(SOURCE))
 
-from espalier import stages, temporary
-from espalier.hardware import Hardware
-from espalier.job_requests import Requests
-from espalier.store import Store
+from espalier import stages
+from espalier.artefacts import temporary
+from espalier.machine.hardware import Hardware
+from espalier.workflow.job_requests import Requests
+from espalier.artefacts.store import Store
 
 RESULTS = config["results"]
 STORE = Store(RESULTS)
@@ -24,8 +25,8 @@ def reports(wildcards):
     """The report of each experiment. Only the main process composes; jobs read the nodes that it wrote."""
     from dataclasses import replace
 
-    from espalier.graph import expand, save, save_run
-    from espalier.launch import tell_jobs
+    from espalier.workflow.graph import expand, save, save_run
+    from espalier.workflow.launch import tell_jobs
 
     if not workflow.is_main_process:
         raise RuntimeError("a job asked for the whole experiment; jobs read their node only")

@@ -5,8 +5,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from espalier.checkpoints.layer_parts import USUAL, LayerParts
 from espalier.errors import UserError
-from espalier.layer_parts import USUAL, LayerParts
 
 Config = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Gemma 2: norms before and after the FFN."""
 
+from espalier.checkpoints.layer_parts import LayerParts
 from espalier.dense_families import DenseFamily
-from espalier.layer_parts import LayerParts
 
 FAMILY = DenseFamily(
     model_type="gemma2",

@@ -8,7 +8,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from espalier.embedded.documents import Row
+from espalier.inputs.documents import Row
 
 
 def maths_items(questions: list[Row], count: int, seed: int) -> list[Row]:

@@ -12,7 +12,7 @@ import random
 
 from transformers import PreTrainedTokenizerBase
 
-from espalier.embedded.documents import Row
+from espalier.inputs.documents import Row
 
 CONTEXT = 48  # tokens
 CONTINUATION = 24  # tokens

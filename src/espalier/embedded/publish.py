@@ -12,11 +12,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from espalier.embedded.assets import ROOT, task_directory, text_directory
+from espalier.artefacts.store import atomic_file, content_hash
 from espalier.embedded.choices import boolq_items, maths_items, published_items
 from espalier.embedded.cloze import cloze_items
-from espalier.embedded.documents import DOMAINS, Row, read_jsonl, size, write_jsonl
-from espalier.store import atomic_file, content_hash
+from espalier.inputs.assets import ROOT, task_directory, text_directory
+from espalier.inputs.documents import DOMAINS, Row, read_jsonl, size, write_jsonl
 
 EXCERPT = {"calibration": 256_000, "validation": 64_000}  # bytes a domain
 CLOZE_ITEMS = 600

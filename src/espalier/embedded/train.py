@@ -1,8 +1,8 @@
 """Train the embedded OLMoE model: `python -m espalier.embedded.train --corpora DIR --out DIR --steps N`.
 
 AdamW with a flat then linearly falling rate, the per-layer balance loss of `espalier.embedded.balance`, fp32
-unless --bf16 (faster only where the processor has bf16 instructions). The loop is that of `espalier.train`, its state
-OUT/state/training.safetensors; running the same command again resumes from it, and gives the batches that an
+unless --bf16 (faster only where the processor has bf16 instructions). The loop is `espalier.training.train`'s, its
+state OUT/state/training.safetensors; running the same command again resumes from it, and gives the batches that an
 uninterrupted run would have given.
 """
 
@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerBase
 
-from espalier.embedded.assets import text_directory
+from espalier.artefacts.store import atomic_directory
 from espalier.embedded.balance import layer_balance, router_outputs
-from espalier.embedded.documents import DOMAINS, read_jsonl
 from espalier.embedded.tokenizer import train_tokenizer
 from espalier.embedded.windows import perplexity, token_stream, windows
 from espalier.errors import InterruptedWork, UserError
-from espalier.store import atomic_directory
-from espalier.train import Step, Training, TrainingState, interruption
-from espalier.train import train as run_training
+from espalier.inputs.assets import text_directory
+from espalier.inputs.documents import DOMAINS, read_jsonl
+from espalier.training.train import Step, Training, TrainingState, interruption
+from espalier.training.train import train as run_training
 
 MIX = (0.35, 0.25, 0.20, 0.20)  # share of the sequences drawn from each of DOMAINS
 BALANCE = 0.01  # weight of the summed per-layer balance loss

@@ -7,8 +7,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from espalier.checkpoints.layer_parts import USUAL, LayerParts, every_layer
 from espalier.errors import UserError
-from espalier.layer_parts import USUAL, LayerParts, every_layer
 
 Config = dict[str, Any]
 

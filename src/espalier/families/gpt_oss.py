@@ -1,7 +1,7 @@
 """GPT-OSS in bf16: all experts of a block in one tensor, biases everywhere, softmax over the chosen logits."""
 
+from espalier.checkpoints.layer_parts import LayerParts
 from espalier.families import Family, NeuronAxis
-from espalier.layer_parts import LayerParts
 
 FAMILY = Family(
     model_type="gpt_oss",

@@ -1,7 +1,7 @@
 """Jamba (Mini, Large): Mamba and attention layers; every second layer's feed-forward part is a MoE block."""
 
+from espalier.checkpoints.layer_parts import LayerParts
 from espalier.families import GATE_UP_DOWN, Config, Family
-from espalier.layer_parts import LayerParts
 
 
 def _moe_layers(config: Config) -> list[int]:

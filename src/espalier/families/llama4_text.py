@@ -1,8 +1,8 @@
 """Llama 4's language model on its own: the router scales the experts' input, and every expert runs on every token."""
 
+from espalier.checkpoints.layer_parts import LayerParts
 from espalier.errors import UserError
 from espalier.families import Config, Family, NeuronAxis
-from espalier.layer_parts import LayerParts
 
 
 def _moe_layers(config: Config) -> list[int]:

@@ -1,7 +1,7 @@
 """MiniMax-Text-01, MiniMax-M1: lightning attention; the MoE blocks are Mixtral's."""
 
+from espalier.checkpoints.layer_parts import LayerParts, named_full
 from espalier.families import W1_W3_W2, Config, Family
-from espalier.layer_parts import LayerParts, named_full
 
 
 def _attention_layers(config: Config) -> list[int]:

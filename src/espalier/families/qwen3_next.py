@@ -1,8 +1,8 @@
 """Qwen3-Next: linear attention in three of four layers; the MoE blocks are Qwen2-MoE's, renormalised."""
 
+from espalier.checkpoints.layer_parts import LayerParts, named_full
 from espalier.families import GATE_UP_DOWN, Config, Family
 from espalier.families.qwen2_moe import sparse_layers
-from espalier.layer_parts import LayerParts, named_full
 
 
 def _attention_layers(config: Config) -> list[int]:

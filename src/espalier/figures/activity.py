@@ -7,11 +7,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from espalier.depth import Depth
 from espalier.figures import style
 from espalier.figures.experts import bare
-from espalier.operations import Skip
-from espalier.plan import Plan
+from espalier.plans.depth import Depth
+from espalier.plans.operations import Skip
+from espalier.plans.plan import Plan
 
 Document = Mapping[str, Any]
 Floats = NDArray[np.float64]

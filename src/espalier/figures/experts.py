@@ -10,11 +10,11 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.figures import style
-from espalier.operations import Constant, Keep, Merge
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import Constant, Keep, Merge
+from espalier.plans.plan import Plan
 
 Decision = tuple[list[int], NDArray[np.int64]]  # layers, and what is done to each expert [layers, E]
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from espalier.figures import style
-from espalier.plan import Plan
+from espalier.plans.plan import Plan
 
 # Numbers of a layer that methods leave as evidence, with what they are; of methods that are not the same thing each
 # method has a panel of its own.

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from espalier.figures import style
 from espalier.figures.experts import grid_axes
-from espalier.operations import Narrow
-from espalier.plan import Plan
-from espalier.split import Split
+from espalier.plans.operations import Narrow
+from espalier.plans.plan import Plan
+from espalier.plans.split import Split
 
 Document = Mapping[str, Any]
 Floats = NDArray[np.float64]

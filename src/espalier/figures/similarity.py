@@ -11,8 +11,8 @@ from scipy.cluster.hierarchy import cophenet, dendrogram
 from scipy.spatial.distance import squareform
 
 from espalier.figures import style
-from espalier.operations import Merge
-from espalier.plan import Plan
+from espalier.plans.operations import Merge
+from espalier.plans.plan import Plan
 
 PANELS = 12  # layers, up to which every one is drawn
 ACROSS = 4

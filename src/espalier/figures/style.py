@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, Locator, NullLocator
 
-from espalier.store import atomic_file
+from espalier.artefacts.store import atomic_file
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart; for yellow and black, which are lost on one
 # of two backgrounds, there is grey.

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from espalier.figures import style
-from espalier.report.curves import Curve
+from espalier.training.curves import Curve
 
 SMOOTH = 40  # parts of a curve over which steps are averaged
 NAMES = {"kl": "KL divergence, nats", "lm": "next-token loss, nats", "active": "share that runs or enters"}

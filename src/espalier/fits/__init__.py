@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from espalier.checkpoints.shape import DenseShape, ModelShape
     from espalier.dense_families import DenseFamily
     from espalier.families import Family
-    from espalier.shape import DenseShape, ModelShape
 
 
 class Fit(Protocol):

@@ -35,11 +35,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from espalier.checkpoints.shape import ModelShape
 from espalier.errors import UserError
 from espalier.families import Family
-from espalier.runtime import moe_blocks
-from espalier.shape import ModelShape
-from espalier.tune_losses import next_token
+from espalier.models.runtime import moe_blocks
+from espalier.training.tune_losses import next_token
 
 NAME = "espalier_masked"
 

@@ -28,7 +28,7 @@ between the fraction of neurons that some expert has and 1, summed over layers a
 over layers.
 
 The decoder has to travel from masks that are nearly full to the budget, which takes thousands of steps at the
-authors' rate. A `prior` above 0, which they do not have, starts from what is known (`espalier.activity`): the inputs
+authors' rate. A `prior` above 0, which they do not have, starts from what is known (`collecting.activity`): the inputs
 of each FFN on the first tokens of the text are put into E clusters by direction, the router starts as 20 cosines with
 their centres, and prior (z_j + z) is added to the logits of each expert: z_j the normal quantile of neuron j's rank by
 activity on the expert's own tokens (root mean square of its activation times the norm of its column in the down
@@ -53,12 +53,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from espalier.activity import measure_activity
+from espalier.checkpoints.shape import DenseShape
+from espalier.collecting.activity import measure_activity
 from espalier.dense_families import DenseFamily
 from espalier.methods.tomoe import MEDIAN, VALUE_OFFSET
-from espalier.narrow_attention import dimensions_of
-from espalier.runtime import decoder
-from espalier.shape import DenseShape
+from espalier.models.runtime import decoder
+from espalier.plans.narrow_attention import dimensions_of
 
 SMOOTHING = 1e-3  # c
 PRIOR_TOKENS = 4096  # on which activity is measured

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.checkpoint import Checkpoint
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.checkpoints.shape import DenseShape, ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError, nearest
-from espalier.fit_settings import Fitting
 from espalier.methods.budget import survivors
-from espalier.plan import Plan
-from espalier.shape import DenseShape, ModelShape
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
+from espalier.training.fit_settings import Fitting
 
 if TYPE_CHECKING:
-    from espalier.experts import ExpertWeights
-    from espalier.ffn_weights import FFNWeights
+    from espalier.models.experts import ExpertWeights
+    from espalier.models.ffn_weights import FFNWeights
 
 
 class Method(Protocol):
@@ -116,11 +116,11 @@ def make_plan(method: AnyMethod, stats: Stats, shape: Shape, directory: Path, ba
             return cast(Any, method).plan(stats, shape, Checkpoint(directory)).check(shape)  # type: ignore[no-any-return]
         return cast(DepthMethod, method).plan(stats, shape).check(shape)
     if isinstance(shape, DenseShape):
-        from espalier.ffn_weights import FFNWeights
+        from espalier.models.ffn_weights import FFNWeights
 
         return cast(DenseMethod, method).plan(stats, shape, FFNWeights(directory)).check(shape)
     if getattr(method, "reads_weights", False):
-        from espalier.experts import ExpertWeights
+        from espalier.models.experts import ExpertWeights
 
         experts = ExpertWeights(directory)
         if base is not None:
@@ -169,12 +169,12 @@ def _check_kind(method: AnyMethod, shape: Shape) -> None:
 
 
 def is_sequential(method: AnyMethod) -> bool:
-    """Whether a method decides layer by layer while the model runs (`espalier.sequential`), without statistics."""
+    """Whether a method decides layer by layer while the model runs (`collecting.sequential`), without statistics."""
     return getattr(method, "sequential", False) is True
 
 
 def fit_of(method: AnyMethod) -> Fitting | None:
-    """Return the settings of what a method needs to be learnt, or None if it needs nothing (`espalier.fit`)."""
+    """Return the settings of what a method needs to be learnt, or None if it needs nothing (`training.fit`)."""
     fit: Fitting | None = getattr(method, "fit", None)
     return fit
 

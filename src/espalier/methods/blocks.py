@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier.methods.partition import Labels
-from espalier.plan_tensors import PlanTensor
+from espalier.plans.plan_tensors import PlanTensor
 
 
 def block_layout(labels: Labels, blocks: int, name: str, tensors: dict[str, PlanTensor]) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
 from espalier.errors import UserError
-from espalier.operations import group_problem
-from espalier.shape import ModelShape
+from espalier.plans.operations import group_problem
 
 
 def survivors(ratio: float, shape: ModelShape, where: str) -> int:

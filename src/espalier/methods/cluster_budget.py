@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
 from espalier.methods.agglomerate import Floats
 from espalier.methods.budget import global_survivors, knapsack, least
-from espalier.shape import ModelShape
 
 BUDGETS = ("uniform", "global", "knapsack")
 GLOBAL_BY = ("usage", "linkage")

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.depth import GRANULARITIES, Depth
+from espalier.checkpoints.shape import DenseShape, ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError, nearest
 from espalier.methods.options import one_of, whole_number
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import DenseShape, ModelShape
-from espalier.stats import Stats
+from espalier.plans.depth import GRANULARITIES, Depth
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
 
 Shape = ModelShape | DenseShape
 Layers = str | tuple[int, ...]

@@ -3,15 +3,15 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from espalier.depth import DepthRule as Operation
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.depth_layers import Shape
 from espalier.methods.options import number, one_of
-from espalier.plan import Plan
-from espalier.stats import Stats
+from espalier.plans.depth import DepthRule as Operation
+from espalier.plans.plan import Plan
 
 if TYPE_CHECKING:
-    from espalier.checkpoint import Checkpoint
+    from espalier.checkpoints.checkpoint import Checkpoint
 
 WHERE = "conf/method/depth_rule.yaml"
 

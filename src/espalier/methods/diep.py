@@ -12,13 +12,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
-from espalier.fit_settings import Fitting
 from espalier.methods.options import one_of, whole_number
 from espalier.methods.ranking import BUDGETS, keep_best
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
+from espalier.training.fit_settings import Fitting
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.cka import linear_cka, relative_to_mean, sample
 from espalier.methods.thresholds import Floats, check_budget, cut_values, is_number, kept, threshold_for
-from espalier.operations import Skip
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import Skip
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
 
 if TYPE_CHECKING:
-    from espalier.experts import ExpertWeights
+    from espalier.models.experts import ExpertWeights
 
 WHERE = "conf/method/diep_skip.yaml"
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.methods.options import one_of
 from espalier.methods.ranking import BUDGETS, keep_best, mean
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
 
 Scores = Callable[[dict[str, NDArray[Any]]], NDArray[Any]]  # [E] of one layer's arrays of a probe
 

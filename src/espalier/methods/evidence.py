@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 
 if TYPE_CHECKING:
-    from espalier.expert_block import Block
-    from espalier.experts import ExpertWeights
+    from espalier.models.expert_block import Block
+    from espalier.models.experts import ExpertWeights
 
 Arrays = Mapping[str, NDArray[Any]]
 

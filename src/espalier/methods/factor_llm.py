@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import DenseShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.options import whole_number
 from espalier.methods.partition import active_blocks, block_size
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import DenseShape
-from espalier.split import Split
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
+from espalier.plans.split import Split
 
 if TYPE_CHECKING:
-    from espalier.ffn_weights import FFNLayer, FFNWeights
+    from espalier.models.ffn_weights import FFNLayer, FFNWeights
 
 WHERE = "conf/method/factor_llm.yaml"
 

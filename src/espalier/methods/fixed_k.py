@@ -7,12 +7,12 @@ k = ceil(2 K / 3).
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.thresholds import check_budget, is_number
-from espalier.operations import Skip
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import Skip
+from espalier.plans.plan import Plan
 
 WHERE = "conf/method/fixed_k.yaml"
 

@@ -9,11 +9,11 @@ weighted frequency (arXiv 2510.13999), with g the weight that the model's router
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.methods.options import one_of
 from espalier.methods.ranking import BUDGETS, keep_best
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
 
 ARRAYS = {"counts": "counts", "gate": "gate_sum"}
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.operations import Merge
-from espalier.stats import Stats
+from espalier.collecting.stats import Stats
+from espalier.plans.operations import Merge
 
 
 def used(stats: Stats, layer: int, freq_topk: str | int) -> NDArray[np.int64]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.agglomerate import LINKAGES, Floats, cut, linkage_matrix
 from espalier.methods.budget import survivors
@@ -23,14 +25,12 @@ from espalier.methods.grouping import group_counts, used
 from espalier.methods.merge_rules import RULES, check_rule, merge_by_rule, reads_weights, rule_probes
 from espalier.methods.options import one_of
 from espalier.methods.similarity import DISTANCES, SIMILARITIES, distances, squares
-from espalier.operations import ROUTERS
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import ROUTERS
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
 
 if TYPE_CHECKING:
-    from espalier.experts import ExpertWeights
+    from espalier.models.experts import ExpertWeights
 
 WHERE = "conf/method/hc_smoe.yaml"
 

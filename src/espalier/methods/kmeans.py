@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.methods.budget import survivors
 from espalier.methods.evidence import Evidence
 from espalier.methods.grouping import group_counts, used
@@ -17,14 +19,12 @@ from espalier.methods.lloyd import kmeans
 from espalier.methods.merge_rules import RULES, check_rule, merge_by_rule, reads_weights, rule_probes
 from espalier.methods.options import one_of, whole_number
 from espalier.methods.similarity import DISTANCES, SIMILARITIES, Floats, distances, squares, vectors
-from espalier.operations import ROUTERS
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import ROUTERS
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
 
 if TYPE_CHECKING:
-    from espalier.experts import ExpertWeights
+    from espalier.models.experts import ExpertWeights
 
 WHERE = "conf/method/kmeans.yaml"
 

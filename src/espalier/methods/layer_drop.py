@@ -7,11 +7,11 @@ A dense model that only loses whole layers is a stock model with fewer layers. A
 from dataclasses import dataclass
 from typing import ClassVar
 
-from espalier.depth import Depth
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.depth_layers import RoutedLayers, Shape
-from espalier.plan import Plan
-from espalier.stats import Stats
+from espalier.plans.depth import Depth
+from espalier.plans.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.methods.budget import global_survivors, survivors
 from espalier.methods.evidence import Evidence
 from espalier.methods.grouping import group_counts, merge_groups, used
@@ -22,14 +24,12 @@ from espalier.methods.matching import Targets, by_weights
 from espalier.methods.merge_rules import with_neurons
 from espalier.methods.options import one_of
 from espalier.methods.similarity import distances
-from espalier.operations import ROUTERS
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import ROUTERS
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
 
 if TYPE_CHECKING:
-    from espalier.experts import ExpertWeights
+    from espalier.models.experts import ExpertWeights
 
 WHERE = "conf/method/m_smoe.yaml"
 

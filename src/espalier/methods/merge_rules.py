@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
 from espalier.errors import UserError
 from espalier.methods.evidence import Evidence, chose_any, inner_activations
 from espalier.methods.grouping import merge_groups
 from espalier.methods.matching import Targets, to_dominant, zipped
 from espalier.methods.refit import RIDGES, refitted_down
 from espalier.methods.similarity import Floats
-from espalier.operations import Merge
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import ModelShape
+from espalier.plans.operations import Merge
+from espalier.plans.plan_tensors import PlanTensor
 
 RULES = ("frequency", "average", "fix_dominant", "zipit", "least_squares", "routed_least_squares")
 BY_NEURON = ("fix_dominant", "zipit")

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.depth import WEIGHTS, Depth
+from espalier.collecting.stats import Stats
 from espalier.methods.depth_layers import RoutedLayers, Shape
 from espalier.methods.options import number, one_of, whole_number
-from espalier.plan import Plan
-from espalier.stats import Stats
+from espalier.plans.depth import WEIGHTS, Depth
+from espalier.plans.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.depth import CACHES, WEIGHTS, Depth
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.depth_layers import RoutedLayers, Shape
 from espalier.methods.options import number, one_of
-from espalier.plan import Plan
-from espalier.stats import Stats
+from espalier.plans.depth import CACHES, WEIGHTS, Depth
+from espalier.plans.plan import Plan
 
 WHERE = "conf/method/modification.yaml"
 

@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.options import fraction, one_of
 from espalier.methods.ranking import BUDGETS, mean
-from espalier.operations import Constant, Operation
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import Constant, Operation
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
 
 Floats = NDArray[np.float64]
 

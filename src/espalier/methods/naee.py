@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.sampling import gram_sample
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
-from espalier.estimate import gram_sample
 from espalier.methods.budget import knapsack, least, survivors
 from espalier.methods.options import one_of, whole_number
 from espalier.methods.rerouting import Router, needs_correction, router_of
 from espalier.methods.subset_loss import BlockLoss, all_subsets, enumerate_subsets
 from espalier.methods.subset_search import best_of, branch_and_bound, can_bound, eliminate, improve, seeds
-from espalier.operations import Keep
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import Keep
+from espalier.plans.plan import Plan
 
 if TYPE_CHECKING:
-    from espalier.experts import ExpertWeights
+    from espalier.models.experts import ExpertWeights
 
 WHERE = "conf/method/naee.yaml"
 BEST = 5  # losses kept as evidence
@@ -111,7 +111,7 @@ class Naee:
     def plan(self, stats: Stats, shape: ModelShape, experts: "ExpertWeights | None" = None) -> Plan:
         """Evidence per layer: see `plan_layer`. UserError as `check`, and where the router is another than it says."""
         if self.sequential:
-            raise ValueError("mode=progressive plans layer by layer: espalier.sequential")
+            raise ValueError("mode=progressive plans layer by layer: espalier.collecting.sequential")
         self.check(shape, stats.tokens)
         counts = dict.fromkeys(shape.layers, survivors(self.ratio, shape, WHERE))
         if self.budget == "knapsack":

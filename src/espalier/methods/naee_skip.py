@@ -16,12 +16,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.methods.options import one_of
 from espalier.methods.thresholds import check_budget, check_keys, cut_values, kept, threshold_for
-from espalier.operations import Skip
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import Skip
+from espalier.plans.plan import Plan
 
 WHERE = "conf/method/naee_skip.yaml"
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.ffn_weights import FFNLayer
-from espalier.stats import Array
+from espalier.collecting.stats import Array
+from espalier.models.ffn_weights import FFNLayer
 
 SCORES = ("activation", "magnitude")
 

@@ -16,12 +16,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.thresholds import check_budget, check_keys, cut_values, is_number, kept, threshold_for
-from espalier.operations import NO_ATTENTION_WEIGHTS, Skip, protected_tokens
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import NO_ATTENTION_WEIGHTS, Skip, protected_tokens
+from espalier.plans.plan import Plan
 
 WHERE = "conf/method/odp.yaml"
 

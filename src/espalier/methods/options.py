@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from espalier.checkpoints.shape import ModelShape
 from espalier.errors import UserError
-from espalier.shape import ModelShape
 
 
 def one_of(method: str, key: str, value: Any, known: tuple[Any, ...], why: str = "") -> None:

@@ -7,14 +7,14 @@ largest |a_j| ||W_down,j||_2 each token keeps a fixed number.
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from espalier.checkpoints.shape import DenseShape
+from espalier.collecting.stats import Stats
 from espalier.methods.options import fraction
-from espalier.plan import Plan
-from espalier.shape import DenseShape
-from espalier.split import Split
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
+from espalier.plans.split import Split
 
 if TYPE_CHECKING:
-    from espalier.ffn_weights import FFNWeights
+    from espalier.models.ffn_weights import FFNWeights
 
 
 @dataclass(frozen=True)

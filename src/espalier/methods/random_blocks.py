@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from espalier.checkpoints.shape import DenseShape
+from espalier.collecting.stats import Stats
 from espalier.methods.options import one_of, whole_number
 from espalier.methods.partition import active_blocks, block_size, random, stored_order
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import DenseShape
-from espalier.split import Split
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
+from espalier.plans.split import Split
 
 if TYPE_CHECKING:
-    from espalier.ffn_weights import FFNWeights
+    from espalier.models.ffn_weights import FFNWeights
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ makes the same choice as reading the whole sequence does.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from espalier.depth import Depth
+from espalier.collecting.stats import Stats
 from espalier.methods.depth_layers import RoutedLayers, Shape
 from espalier.methods.options import number, whole_number
-from espalier.plan import Plan
-from espalier.stats import Stats
+from espalier.plans.depth import Depth
+from espalier.plans.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.methods.budget import survivors
 from espalier.methods.grouping import group_counts, merge_groups
 from espalier.methods.options import whole_number
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
 
 
 @dataclass(frozen=True)

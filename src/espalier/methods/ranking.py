@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
 from espalier.methods.budget import global_survivors, survivors
-from espalier.operations import Keep
-from espalier.plan import Plan
-from espalier.shape import ModelShape
+from espalier.plans.operations import Keep
+from espalier.plans.plan import Plan
 
 BUDGETS = ("uniform", "global")
 

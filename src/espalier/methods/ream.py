@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.budget import survivors
 from espalier.methods.evidence import Evidence, inner_activations
@@ -27,14 +29,12 @@ from espalier.methods.merge_rules import with_neurons
 from espalier.methods.options import one_of, whole_number
 from espalier.methods.ranking import mean
 from espalier.methods.similarity import Floats, cosine_distances, distances
-from espalier.operations import ROUTERS
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import ROUTERS
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
 
 if TYPE_CHECKING:
-    from espalier.experts import ExpertWeights
+    from espalier.models.experts import ExpertWeights
 
 WHERE = "conf/method/ream.yaml"
 UNUSED = 0.5  # an expert of saliency 0 gets the least of the others, at most this (the paper's code)

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.methods.options import one_of, softmax_router
 from espalier.methods.ranking import BUDGETS, keep_best, mean
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from scipy.linalg import solve
 
 from espalier.methods.evidence import Evidence, chose_any, gates
 from espalier.methods.similarity import Floats
-from espalier.operations import Merge
+from espalier.plans.operations import Merge
 
 # Of the mean squared activation. Chosen on held-out tokens of the embedded model (50 % and 25 %): the mean of outputs
 # hardly needs one (1e-6 to 1e-2 differ by 0.1 % in the block's error); the routed target is noisier.

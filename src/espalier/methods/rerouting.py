@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
 from espalier.errors import UserError
-from espalier.shape import ModelShape
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]

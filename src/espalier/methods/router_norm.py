@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.ranking import keep_best
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
 
 if TYPE_CHECKING:
-    from espalier.experts import ExpertWeights
+    from espalier.models.experts import ExpertWeights
 
 WHERE = "conf/method/router_norm.yaml"
 

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import pdist, squareform
 
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 
 if TYPE_CHECKING:
-    from espalier.experts import ExpertWeights
+    from espalier.models.experts import ExpertWeights
 
 Floats = NDArray[np.float64]
 

@@ -9,11 +9,11 @@ sums the same scores but ranks them over all layers:
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.methods.options import one_of, softmax_router
 from espalier.methods.ranking import BUDGETS, keep_best
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ those with the largest product of the norms of their weights.
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from espalier.checkpoints.shape import DenseShape
+from espalier.collecting.stats import Stats
 from espalier.methods import neuron_scores
 from espalier.methods.options import fraction, one_of
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import DenseShape
-from espalier.split import Split
-from espalier.stats import Stats
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
+from espalier.plans.split import Split
 
 if TYPE_CHECKING:
-    from espalier.ffn_weights import FFNWeights
+    from espalier.models.ffn_weights import FFNWeights
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import pdist, squareform
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.agglomerate import cut, linkage_matrix
 from espalier.methods.budget import survivors
 from espalier.methods.cluster_budget import by_linkage
 from espalier.methods.options import whole_number
-from espalier.operations import Keep, Merge, Operation
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import Keep, Merge, Operation
+from espalier.plans.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from espalier.experts import ExpertWeights
+    from espalier.models.experts import ExpertWeights
 
 WHERE = "conf/method/stun.yaml"
 Floats = NDArray[np.float64]

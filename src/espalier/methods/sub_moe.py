@@ -17,15 +17,15 @@ from typing import ClassVar
 
 import numpy as np
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.methods.budget import least, survivors
 from espalier.methods.grouping import group_counts, merge_groups, used
 from espalier.methods.lloyd import kmeans, split
 from espalier.methods.options import one_of, whole_number
 from espalier.methods.similarity import Floats, distances, vectors
-from espalier.operations import ROUTERS
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import ROUTERS
+from espalier.plans.plan import Plan
 
 WHERE = "conf/method/sub_moe.yaml"
 Groups = list[list[int]]

@@ -3,14 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from espalier import split
+from espalier.checkpoints.shape import DenseShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
-from espalier.plan import Plan
-from espalier.shape import DenseShape
-from espalier.stats import Stats
+from espalier.plans import split
+from espalier.plans.plan import Plan
 
 if TYPE_CHECKING:
-    from espalier.ffn_weights import FFNWeights
+    from espalier.models.ffn_weights import FFNWeights
 
 WHERE = "conf/method/threshold.yaml"
 

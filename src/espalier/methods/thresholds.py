@@ -1,6 +1,6 @@
 """Thresholds of the skipping rules: what they are compared with on the calibration, and which one meets a budget.
 
-Shapes: T tokens, K experts a token, whose weights w_1 >= ... >= w_K the rules look at (`espalier.operations.Skip`).
+Shapes: T tokens, K experts a token, whose weights w_1 >= ... >= w_K the rules look at (`plans.operations.Skip`).
 """
 
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import ModelShape
 from espalier.errors import UserError
-from espalier.shape import ModelShape
 
 Floats = NDArray[np.float64]
 

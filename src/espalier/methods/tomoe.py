@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.checkpoints.shape import DenseShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError, nearest
-from espalier.fit_settings import Fitting
 from espalier.methods.options import fraction, whole_number
 from espalier.methods.signatures import pieces, segments_of
-from espalier.narrow_attention import ROLES, NarrowAttention
-from espalier.operations import Operation
-from espalier.plan import Plan
-from espalier.plan_tensors import PlanTensor
-from espalier.shape import DenseShape
-from espalier.split import Split
-from espalier.stats import Stats
+from espalier.plans.narrow_attention import ROLES, NarrowAttention
+from espalier.plans.operations import Operation
+from espalier.plans.plan import Plan
+from espalier.plans.plan_tensors import PlanTensor
+from espalier.plans.split import Split
+from espalier.training.fit_settings import Fitting
 
 if TYPE_CHECKING:
-    from espalier.ffn_weights import FFNWeights
+    from espalier.models.ffn_weights import FFNWeights
 
 WHERE = "conf/method/tomoe.yaml"
 POSITIVE = ("temperature", "rate")

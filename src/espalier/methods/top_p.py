@@ -11,13 +11,13 @@ from typing import ClassVar
 
 import numpy as np
 
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
 from espalier.methods.options import softmax_router
 from espalier.methods.thresholds import check_budget, check_keys, cut_values, kept, threshold_for
-from espalier.operations import Skip
-from espalier.plan import Plan
-from espalier.shape import ModelShape
-from espalier.stats import Stats
+from espalier.plans.operations import Skip
+from espalier.plans.plan import Plan
 
 WHERE = "conf/method/top_p.yaml"
 PUBLISHED = 0.4

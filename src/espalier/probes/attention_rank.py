@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from espalier.observe_attention import AttentionTrace
+from espalier.models.observe_attention import AttentionTrace
 from espalier.probes.probe import Arrays, added, to_numpy
 
 

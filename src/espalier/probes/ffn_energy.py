@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from espalier.observe_ffn import FFNTrace
+from espalier.checkpoints.shape import DenseShape
+from espalier.models.observe_ffn import FFNTrace
 from espalier.probes.probe import Arrays, added, to_numpy
-from espalier.shape import DenseShape
 
 
 class FFNEnergy:

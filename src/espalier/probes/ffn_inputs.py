@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from espalier.estimate import INPUT_TOKENS
-from espalier.observe_ffn import FFNTrace
+from espalier.checkpoints.shape import DenseShape
+from espalier.collecting.sampling import INPUT_TOKENS, stride
+from espalier.models.observe_ffn import FFNTrace
 from espalier.probes.probe import Arrays, joined, to_numpy
-from espalier.shape import DenseShape
 
 
 class FFNInputs:
@@ -18,7 +18,7 @@ class FFNInputs:
     """
 
     def __init__(self, shape: DenseShape, tokens: int) -> None:
-        self.stride = -(-tokens // INPUT_TOKENS)
+        self.stride = stride(tokens, INPUT_TOKENS)
         self.parts: dict[str, list[Tensor]] = {"hidden": [], "token": []}
 
     def update(self, trace: FFNTrace) -> None:

@@ -6,11 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from espalier.observe import BlockTrace
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.sampling import INPUT_TOKENS, stride
+from espalier.models.observe import BlockTrace
 from espalier.probes.probe import Arrays, joined, to_numpy
-from espalier.shape import ModelShape
-
-INPUT_TOKENS = 4096  # at most so many, evenly strided: 67 MB a layer for D = 4096
 
 
 class Inputs:
@@ -24,7 +23,7 @@ class Inputs:
     merged: ClassVar[bool] = True
 
     def __init__(self, shape: ModelShape, tokens: int) -> None:
-        self.stride = -(-tokens // INPUT_TOKENS)
+        self.stride = stride(tokens, INPUT_TOKENS)
         self.parts: dict[str, list[Tensor]] = {"hidden": [], "experts": [], "weights": [], "token": []}
 
     def update(self, trace: BlockTrace) -> None:

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from espalier.observe import BlockTrace
+from espalier.checkpoints.shape import ModelShape
+from espalier.models.observe import BlockTrace
 from espalier.probes.probe import Arrays, added, to_numpy
-from espalier.shape import ModelShape
 
 
 class LogitGram:

@@ -6,9 +6,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from espalier.observe import BlockTrace
+from espalier.checkpoints.shape import ModelShape
+from espalier.models.observe import BlockTrace
 from espalier.probes.probe import Arrays, added, count_by_expert, sum_by_expert
-from espalier.shape import ModelShape
 
 
 class OutputNorm:

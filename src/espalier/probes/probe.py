@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from espalier.observe import BlockTrace
-from espalier.observe_attention import AttentionTrace
-from espalier.observe_ffn import FFNTrace
-from espalier.shape import DenseShape, ModelShape
+from espalier.checkpoints.shape import DenseShape, ModelShape
+from espalier.models.observe import BlockTrace
+from espalier.models.observe_attention import AttentionTrace
+from espalier.models.observe_ffn import FFNTrace
 
 Arrays = dict[str, NDArray[Any]]
 

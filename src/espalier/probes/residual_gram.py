@@ -6,13 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from espalier.observe import BlockTrace
+from espalier.checkpoints.shape import ModelShape
+from espalier.collecting.sampling import gram_stride
+from espalier.models.observe import BlockTrace
 from espalier.probes.probe import Arrays, joined, to_numpy
-from espalier.shape import ModelShape
-
-GRAM_ALL_TOKENS_EXPERTS = 16  # up to this E, every token is kept
-GRAM_TOKENS = 16_384  # beyond it, at most so many, evenly strided
-GRAM_BYTES = 2**29  # and no more than so many bytes of them a layer: 4,017 tokens of 256 experts
 
 RESIDUAL_BYTES = 2**22  # of one step's residuals: what a processor's cache holds
 
@@ -30,16 +27,14 @@ class ResidualGram:
 
     gram float32 [T', E(E+1)/2]: upper triangle of H, row by row.   cross float32 [T', E]: b.
     norm float32 [T']: |z|^2.   logits float32 [T', E].   token int64 [T']: index among all tokens.
-    While a model is compressed layer by layer (`espalier.sequential`) z is the uncompressed model's.
+    While a model is compressed layer by layer (`espalier.collecting.sequential`) z is the uncompressed model's.
     """
 
     dense: ClassVar[bool] = False
     merged: ClassVar[bool] = False
 
     def __init__(self, shape: ModelShape, tokens: int) -> None:
-        e = shape.experts
-        most = min(GRAM_TOKENS, GRAM_BYTES // (4 * (e * (e + 1) // 2 + 2 * e + 1) + 8))
-        self.stride = 1 if e <= GRAM_ALL_TOKENS_EXPERTS else max(1, -(-tokens // most))
+        self.stride = gram_stride(shape.experts, tokens)
         self.upper = torch.triu_indices(shape.experts, shape.experts)
         self.parts: dict[str, list[Tensor]] = {name: [] for name in ("gram", "cross", "norm", "logits", "token")}
 

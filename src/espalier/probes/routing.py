@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from espalier.observe import BlockTrace
+from espalier.checkpoints.shape import ModelShape
+from espalier.models.observe import BlockTrace
 from espalier.probes.probe import Arrays, joined, to_numpy
-from espalier.shape import ModelShape
 
 
 class Routing:

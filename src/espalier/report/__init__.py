@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from espalier.artefacts.store import atomic_file
 from espalier.report.material import Material
 from espalier.report.page import render
 from espalier.report.provenance import anchors, every_row, whole
 from espalier.report.results import measured, reading
-from espalier.store import atomic_file
 
 
 def make_report(material: Material, out: Path) -> Path:

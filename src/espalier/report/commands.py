@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier.store import Store, read_json, run_record_path
-from espalier.sweep import AS, LABEL, NAMES
+from espalier.artefacts.store import Store, read_json, run_record_path
+from espalier.workflow.sweep import AS, LABEL, NAMES
 
 Document = Mapping[str, Any]
 RESULTS = "results"  # where results lie if nobody says otherwise

@@ -5,17 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from espalier.artefacts.store import canonical
+from espalier.checkpoints.shape import DenseShape, ModelShape
 from espalier.figures import activity, experts, losses, neurons, similarity, speed, style, training
 from espalier.figures.quality import quality
-from espalier.plan import Plan
+from espalier.plans.plan import Plan
 from espalier.report import page
-from espalier.report.curves import Curve
 from espalier.report.material import LINES, Line, Material
 from espalier.report.page import Section
 from espalier.report.results import spoken
 from espalier.report.skipping import Word
-from espalier.shape import DenseShape, ModelShape
-from espalier.store import canonical
+from espalier.training.curves import Curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

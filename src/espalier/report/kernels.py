@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from espalier import kernel_table
+from espalier.artefacts.store import atomic_file
 from espalier.figures import roofline, style
 from espalier.report.page import Section, figure, table
-from espalier.store import atomic_file
+from espalier.timing import kernel_table
 
 Document = Mapping[str, Any]
 

@@ -10,19 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier import methods
-from espalier.checkpoint import Checkpoint
+from espalier.artefacts.store import MODELS, Store, read_json
+from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.checkpoints.shape import DenseShape, ModelShape
+from espalier.collecting.stats import Stats
 from espalier.errors import UserError
-from espalier.operations import Merge, Skip
-from espalier.plan import Plan
-from espalier.report import curves, skipping
+from espalier.inputs.tokens import load_tokens
+from espalier.plans.operations import Merge, Skip
+from espalier.plans.plan import Plan
+from espalier.report import skipping
 from espalier.report.commands import Step, run_command, steps
-from espalier.report.curves import Curve
 from espalier.report.skipping import Skipping
-from espalier.shape import DenseShape, ModelShape
-from espalier.stats import Stats
-from espalier.store import MODELS, Store, read_json
-from espalier.tables import load_table
-from espalier.tokens import load_tokens
+from espalier.tables.table import load_table
+from espalier.training import curves
+from espalier.training.curves import Curve
 
 Document = Mapping[str, Any]
 Floats = NDArray[np.float64]

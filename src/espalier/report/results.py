@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from espalier import markup, renderings
 from espalier.report.page import Section, bullets, strong, table
+from espalier.tables import markup, renderings
 
 Document = Mapping[str, Any]
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.collecting.stats import Stats
 from espalier.methods.odp import protected
 from espalier.methods.thresholds import cut_values
-from espalier.operations import Merge, Skip
-from espalier.plan import Plan
-from espalier.stats import Stats
+from espalier.plans.operations import Merge, Skip
+from espalier.plans.plan import Plan
 
 LISTED = 12  # tokens at either end
 LEAST = 8  # times that a listed token occurs

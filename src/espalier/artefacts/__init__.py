@@ -1,0 +1,1 @@
+"""What is on disk under results/: content-addressed artefacts, their records and origins, and their removal."""

@@ -1,0 +1,1 @@
+"""Calibration: its tokens, and the statistics that forward passes over them leave."""

@@ -1,0 +1,1 @@
+"""Models that run: loaded whole or layer by layer, changed in memory, and observed."""

@@ -1,0 +1,1 @@
+"""Plans: which operation is done to each layer, and the operations."""

@@ -1,0 +1,1 @@
+"""The stage `score`: tasks, perplexities, and the parameters that a token uses."""

@@ -1,0 +1,1 @@
+"""The stage `speed`: whole models, and the kernels of one MoE block."""

@@ -1,0 +1,1 @@
+"""The stages `fit`, `teacher` and `tune`, and the loop that they share."""

@@ -1,0 +1,1 @@
+"""Experiments: composed, turned into a graph of nodes, and handed to Snakemake."""
