@@ -61,7 +61,7 @@ LAYERS = (
     "errors", "conf", "progress", "tracking", "artefacts", "machine", "modeling", "inputs",
     ("checkpoints", "families", "dense_families"), "kernels", "plans", "models", "surgery", ("collecting", "probes"),
     "costs", "training", "methods", "fits", "scoring", "timing", "workflow", "tables", "figures", "report",
-    ("stages", "oneshot", "embedded"), ("cli", "doctor", "__main__", "__init__"),
+    ("stages", "oneshot", "embedded"), "doctor", "commands", ("cli", "__main__", "__init__"),
 )  # fmt: skip
 
 

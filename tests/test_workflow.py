@@ -120,6 +120,13 @@ def test_a_change_schedules_what_it_must(project):
     write_experiment(project, BASE)
     assert jobs(project, "runtime.score_batch_size=1", "tracking=offline") == {}
 
+    # What is there stays, whatever became of what it was made from: a third ratio needs statistics, for itself alone.
+    for folder in ("stats", "checkpoints", "plans"):
+        shutil.rmtree(project / "results" / folder)
+    assert jobs(project) == {}
+    write_experiment(project, BASE.replace("0.5]", "0.5, 0.375]"))
+    assert jobs(project) == {"collect": 1, "plan": 6, "apply": 2, "score": 2, "table": 1, "report": 1}
+
 
 def start(project, results="results", *overrides):
     command = [sys.executable, "-m", "espalier", "run", "mine", *overrides, "--cores", "2", "--results", results]

@@ -325,11 +325,7 @@ def _report(node: Document, store: Store, artefact: Path, record: Document) -> N
 def link_names(node: Document, store: Store) -> None:
     """Link results/refs/EXPERIMENT/ to the report, the table and each checkpoint, by readable names."""
     table = store.parent(node, "table")
-    refs = store.root / "refs" / node["config"]["experiment"]
-    targets = {"report.html": store.path(node)}
-    for suffix in (".json", ".md", ".csv", ".tex", ".html", ".parquet"):
-        targets[f"table{suffix}"] = store.path(table).with_suffix(suffix)
-    targets["pairs.csv"] = store.path(table).with_suffix(".pairs.csv")
+    targets = {"report.html": store.path(node)} | _table_names(table, store)
     if any("kernels" in row for row in table["config"]["rows"]):
         folder = store.path(node).with_suffix("")
         targets |= {f"kernels{suffix}": folder / f"kernels{suffix}" for suffix in (".md", ".csv")}
@@ -339,8 +335,25 @@ def link_names(node: Document, store: Store) -> None:
             name = (row["label"] + seed).replace(" %", "%").replace(" + ", "+").replace(" ", "-").replace("/", "_")
             if store.path(row["weights"]).exists():
                 targets[f"checkpoints/{name}"] = store.path(row["weights"])
+    _link(node["config"]["experiment"], targets, store)
+
+
+def link_table(node: Document, store: Store) -> None:
+    """Link results/refs/EXPERIMENT/ to a table that was made without its report."""
+    _link(node["config"]["experiment"], _table_names(node, store), store)
+
+
+def _table_names(table: Document, store: Store) -> dict[str, Path]:
+    path = store.path(table)
+    suffixes = (".json", ".md", ".csv", ".tex", ".html", ".parquet")
+    return {f"table{suffix}": path.with_suffix(suffix) for suffix in suffixes} | {
+        "pairs.csv": path.with_suffix(".pairs.csv")
+    }
+
+
+def _link(experiment: str, targets: dict[str, Path], store: Store) -> None:
     for name, target in targets.items():
-        link = refs / name
+        link = store.root / "refs" / experiment / name
         link.parent.mkdir(parents=True, exist_ok=True)
         hidden = link.with_name(f".{link.name}.tmp")
         hidden.unlink(missing_ok=True)

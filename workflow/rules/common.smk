@@ -8,9 +8,9 @@ sys.path.insert(0, str(SOURCE))
 
 from espalier import stages
 from espalier.artefacts import temporary
+from espalier.artefacts.store import Store
 from espalier.machine.hardware import Hardware
 from espalier.workflow.job_requests import Requests
-from espalier.artefacts.store import Store
 
 RESULTS = config["results"]
 STORE = Store(RESULTS)
@@ -49,8 +49,11 @@ def settings():
 
 
 def parents(wildcards):
-    """The artefacts that a node is made from."""
-    paths = temporary.inputs(STORE.read_node(wildcards.id), STORE, settings().get("temporary", ()))
+    """The artefacts that a node is made from; none where it is there: its id says what it is, whatever became of them."""
+    node = STORE.read_node(wildcards.id)
+    if STORE.path(node).exists():
+        return []
+    paths = temporary.inputs(node, STORE, settings().get("temporary", ()))
     return list(map(str, paths))
 
 

@@ -65,9 +65,6 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
         if reference not in row["published"]:
             row["published"].append(reference)
     rows_of_table = list(rows.values())
-    scores = [id for row in rows_of_table for id in row["scores"].values()]
-    scores += [row[kind] for kind in ("speed", "kernels") for row in rows_of_table if kind in row]
-    plans = [row["plan"] for row in rows_of_table if row["plan"]]
     table_config = {
         "experiment": experiment,
         "_overrides": list(overrides),
@@ -75,7 +72,8 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
         "rows": rows_of_table,
         "compare": _published(base.get("compare")),
     }
-    table = builder.add(Node("table", table_config, tuple(dict.fromkeys([*scores, *plans])), experiment))
+    table = builder.add(table_node(table_config))
+    plans = [row["plan"] for row in rows_of_table if row["plan"]]
     usage = tuple(dict.fromkeys(builder.usage))
     how = {"overrides": list(overrides), "points": made}  # for the report's commands; no part of its identity
     report_config = {"experiment": experiment, "_run": how}
@@ -84,6 +82,15 @@ def expand(experiment: str, overrides: Sequence[str], store: Store) -> Experimen
     if Running.of(base["runtime"]).checkpoints == "temporary":
         run["temporary"] = only_scored(builder.nodes.values())
     return Experiment(experiment, tuple(builder.nodes.values()), run)
+
+
+def table_node(config: Config) -> Node:
+    """Return the node of the table that `config` describes, made from what was measured of its rows."""
+    rows = config["rows"]
+    parents = [id for row in rows for id in row["scores"].values()]
+    parents += [row[kind] for kind in ("speed", "kernels") for row in rows if kind in row]
+    parents += [row["plan"] for row in rows if row["plan"]]
+    return Node("table", config, tuple(dict.fromkeys(parents)), config["experiment"])
 
 
 def _refuse_shadowed(experiment: str, overrides: Sequence[str], swept: Sequence[Point]) -> None:
