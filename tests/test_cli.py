@@ -207,8 +207,8 @@ def test_the_launcher_needs_no_torch():
         "import sys; sys.argv = ['espalier', 'show', 'abc', '--results', '/nonexistent']\n"
         "import runpy\ntry:\n    runpy.run_module('espalier', run_name='__main__')\nexcept SystemExit as stop:\n"
         "    assert stop.code == 2\n"
-        "from espalier.costs import estimate, forecast\n"
-        "from espalier.inputs import sources\nfrom espalier.workflow import garbage, launch\n"
+        "from espalier.costs import estimate\n"
+        "from espalier.inputs import sources\nfrom espalier.workflow import forecast, garbage, launch\n"
         "print([m for m in ('torch', 'transformers', 'huggingface_hub', 'datasets') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -68,7 +68,7 @@ def test_scratch_that_is_not_there_is_one_line(tmp_path, monkeypatch):
 def holder(folder):
     """A process that has made a checkpoint in `folder` and waits."""
     code = (
-        "import sys, time; from pathlib import Path; from espalier import temporary\n"
+        "import sys, time; from pathlib import Path; from espalier.artefacts import temporary\n"
         "from espalier.errors import InterruptedWork\n"
         "try:\n"
         f"    with temporary.checkpoint('abc', Path({str(folder)!r}), lambda out: out.mkdir()):\n"

@@ -490,7 +490,7 @@ def command(store, node, stderr=None, wait_for=None):
     program = "from espalier.cli import main; main()"
     if wait_for:
         program = (
-            "from espalier import train\nplain = train._update\nseen = []\n"
+            "from espalier.training import train\nplain = train._update\nseen = []\n"
             "def update(*a):\n    plain(*a)\n    seen.append(1)\n    print('step', len(seen), flush=True)\n"
             "    import time; time.sleep(0.1)\n"
             "train._update = update\n" + program

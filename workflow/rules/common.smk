@@ -49,11 +49,15 @@ def settings():
 
 
 def parents(wildcards):
-    """The artefacts that a node is made from; none where it is there: its id says what it is, whatever became of them."""
+    """The artefacts that a node is made from.
+
+    Of one that is there, those that are there too, and no matter how old they are: its id says what it is, so that
+    nothing that becomes of them can make it another.
+    """
     node = STORE.read_node(wildcards.id)
-    if STORE.path(node).exists():
-        return []
     paths = temporary.inputs(node, STORE, settings().get("temporary", ()))
+    if STORE.path(node).exists():
+        return [ancient(str(path)) for path in paths if path.exists()]
     return list(map(str, paths))
 
 
