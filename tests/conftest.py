@@ -15,6 +15,24 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+@pytest.fixture
+def proof_here(monkeypatch):
+    """Proofs in this process, for tests of what is proven: a fresh one takes five seconds to import its libraries."""
+    import contextlib
+    import io
+    import subprocess
+
+    from espalier.surgery import apply, prove
+
+    def run(argv, **_):
+        assert argv[1:3] == ["-m", "espalier.surgery.prove"]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = prove.main(argv[3:])
+        return subprocess.CompletedProcess(argv, code, out.getvalue(), "")
+
+    monkeypatch.setattr(apply, "subprocess", type("here", (), {"run": staticmethod(run)}))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Return make(family_name, dtype="float32", **changes) -> directory of a tiny source model."""

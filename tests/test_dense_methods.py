@@ -25,6 +25,8 @@ from espalier.surgery.apply import apply
 from stats_factory import make_shape
 from tiny import VOCABULARY
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 WIDTH = 64
 CONFIGS = {
     name: config

@@ -15,6 +15,8 @@ from espalier.plans.operations import Keep
 from espalier.surgery.apply import apply
 from tiny import VOCABULARY
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 IDS = torch.arange(3 * 10).reshape(3, 10) * 7 % VOCABULARY
 MASK = torch.ones_like(IDS)
 MASK[1, :4] = MASK[2, 9:] = 0

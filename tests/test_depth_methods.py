@@ -17,6 +17,8 @@ from espalier.plans.plan import Plan
 from espalier.surgery.apply import apply
 from tiny import VOCABULARY
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 METHODS = ("modification", "mod", "random_depth", "layer_drop")
 IDS = torch.arange(3 * 10).reshape(3, 10) * 7 % VOCABULARY
 LAYERS = 6

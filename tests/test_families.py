@@ -24,6 +24,8 @@ from example_plans import GROUPS, KINDS, WEIGHTS, example_plan, examples, moe_la
 from plain_block import NAMES, tensors_of
 from tiny import FAMILIES, ONE_EXPERT, VOCABULARY, save_tiny, tiny_config
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % VOCABULARY
 STACKED = ("gpt_oss", "granitemoe", "llama4_text")
 

@@ -25,6 +25,8 @@ from espalier.timing.kernel_settings import KernelBench
 from espalier.timing.kernel_speed import FORMAT, Traces, measure_kernels
 from espalier.timing.routing_facts import routing_facts
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 QUICK = {
     "name": "quick", "tokens": [1, 7], "routings": ["hot", "uniform"], "implementations": ["eager", "espalier"],
     "caches": ["warm", "cold"], "rounds": 3, "targets": ["sm_90"],

@@ -21,6 +21,8 @@ from espalier.surgery.apply import apply
 from espalier.surgery.prove import prove
 from tiny import VOCABULARY
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 IDS = torch.arange(3 * 10).reshape(3, 10) * 7 % VOCABULARY
 KINDS = ("pairs", "values", "both", "with_split")
 

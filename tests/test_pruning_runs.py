@@ -18,6 +18,8 @@ from espalier.plans.plan import Plan
 from espalier.workflow import graph
 from tiny import save_tiny
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 GROWN = {0: (1, 2, 6, 7), 1: (0, 3, 4, 5), 2: (2, 3, 5, 7)}  # experts whose router rows are longer than the base's
 
 

@@ -22,6 +22,8 @@ from espalier.plans.plan import Plan
 from espalier.workflow import graph
 from tiny import VOCABULARY
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 RUNNING = Running.of(device="cpu", collect_batch_size=2)
 FAMILIES = ("mixtral", "olmoe", "deepseek_v2", "qwen2_moe", "gpt_oss", "llama4_text", "minimax_m2", "ernie4_5_moe")
 IDS = torch.randint(3, VOCABULARY, (5, 9), generator=torch.Generator().manual_seed(1))

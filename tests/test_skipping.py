@@ -17,6 +17,8 @@ from example_plans import NO_SOFTMAX, example_plan, examples
 from plain_block import plain_block
 from tiny import FAMILIES, ONE_EXPERT, VOCABULARY
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 IDS = torch.arange(3 * 10).reshape(3, 10) * 11 % VOCABULARY
 RULES = ("skip", "skip_tail", "skip_top_p", "skip_fixed_k", "skip_factor", "skip_protect")
 ATTENDED = [name for name in FAMILIES if name not in (*NO_ATTENTION_WEIGHTS, *ONE_EXPERT)]

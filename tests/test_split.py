@@ -34,6 +34,8 @@ from espalier.surgery.apply import apply
 from espalier.surgery.prove import LENGTH, ROWS, prove
 from tiny import VOCABULARY, save_tiny
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 IDS = torch.arange(3 * 10).reshape(3, 10) * 7 % VOCABULARY
 
 

@@ -21,6 +21,8 @@ from espalier.models.running import Running
 from espalier.surgery.apply import apply
 from espalier.training.fit import fit
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 RUNNING = Running.of(device="cpu", stream="never")
 IDS = np.random.default_rng(0).integers(3, 95, (12, 16)).astype(np.int32)
 CONFIG = conf.load("method", "tomoe")

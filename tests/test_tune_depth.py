@@ -23,6 +23,8 @@ from espalier.training.tune import Text, tune
 from espalier.training.tune_depth import DepthGates
 from espalier.training.tune_settings import Tuning
 
+pytestmark = pytest.mark.usefixtures("proof_here")
+
 RUNNING = Running.of(device="cpu", stream="never")
 IDS = np.random.default_rng(0).integers(3, 95, (12, 16)).astype(np.int32)
 MASK = np.ones_like(IDS)
