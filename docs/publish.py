@@ -1,13 +1,18 @@
-"""Write an experiment's table into its block of docs/results.md or docs/papers.md; `results` into README.md too."""
+"""Write an experiment's table into its block of docs/results.md or docs/papers.md; `results` into README.md too.
+
+What the tables of RECORDED are made from goes into docs/records/.
+"""
 
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPERS = "docs/papers.md"
 README = "results"  # the experiment whose head the README shows
+RECORDED = ("dense_to_moe", "depth")  # those that take hours: `espalier import` and `peek` make their tables again
 # Of it: a screenful of rows, and the columns that fit.
 ROWS = (
     "full", "random 50 %", "reap 50 %", "naee 50 %", "diep 50 %", "camera_p 50 %", "random_merge 50 %", "hc_smoe 50 %",
@@ -42,9 +47,24 @@ def main(refs: Path, *overrides: str) -> None:
         head, *sections = kernels.read_text().split("\n\n## ")
         shared = [_shared(section) for section in sections]
         replace(ROOT / "docs/kernels.md", name, "\n\n".join([made, head.strip(), *filter(None, shared)]))
+    if name in RECORDED:
+        record(refs.parents[1], name, overrides)
     if name == README:
         note = "Half of the experts removed; parameters in millions. All methods, both ratios, and how to read them: "
         replace(ROOT / "README.md", name, f"{head(body)}\n\n{note}[docs/results.md](docs/results.md). {made}")
+
+
+def record(results: Path, name: str, overrides: Sequence[str]) -> None:
+    """Put what an experiment's table is made from into docs/records/NAME.tar.xz."""
+    from espalier.artefacts.store import Store
+    from espalier.workflow import archive, graph
+
+    store = Store(results, dry=True)
+    experiment = graph.expand(name, overrides, store)
+    graph.save(experiment, store)
+    path = ROOT / "docs/records" / f"{name}.tar.xz"
+    path.unlink(missing_ok=True)
+    archive.export(experiment, store, path)
 
 
 def head(body: str) -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,11 @@ from espalier import cli, conf
 from espalier.artefacts.store import Store, run_record_path, write_json
 from espalier.errors import UserError
 from espalier.scoring.samples import save_scores
+from espalier.tables.table import make_table
 from espalier.workflow import archive, finished, garbage, graph
 from espalier.workflow.launch import run_lock
 
+RECORDS = Path(__file__).resolve().parents[1] / "docs/records"
 SWEEP = ("method: none", "{method: [reap, ean], method.ratio: 0.5}", "{method: random, method.seed: [0, 1]}")
 TASK = "perplexity_maths"
 
@@ -229,6 +232,22 @@ def test_nodes_must_mean_here_what_their_ids_say(project):
     with pytest.raises(UserError, match=r"nodes/\w+\.json is not what its name says"):
         archive.restore(bad, Store(project / "new"))
     assert not (project / "new").exists()
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*.tar.xz")), ids=lambda path: path.name)
+def test_published_tables_follow_from_their_records(path, tmp_path):
+    store = Store(tmp_path / "results")
+    archive.restore(path, store)
+    nodes = [store.read_node(node.stem) for node in (store.root / "nodes").glob("*.json")]
+    (table,) = (node for node in nodes if node["stage"] == "table")
+    made = make_table(table["config"], store)
+    made.write(tmp_path / "table")
+    name = path.name.removesuffix(".tar.xz")
+    page = (RECORDS.parent / "results.md").read_text()
+    block = page.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0]
+    lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
+    assert len(lines) > 10
+    assert [line for line in block.splitlines() if line.startswith("|")] == lines
 
 
 def test_no_import_into_a_folder_where_a_run_is_at_work(project):
