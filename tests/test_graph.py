@@ -326,6 +326,15 @@ def test_compressed_models_are_timed_on_request(tmp_path, monkeypatch):
     assert stages(timed) - stages(plain) == Counter({"speed": 2})
     apply = [node.id for node in timed.nodes if node.stage == "apply"]
     assert [node.parents[0] for node in timed.nodes if node.stage == "speed"] == apply
+    # Timed in another dtype than it is scored in: the same scores, other times; named or not, the model's own is one.
+    others = [
+        graph.expand("mine", ["speed=one_thread", f"speed.dtype={dtype}"], store) for dtype in ("float32", "bfloat16")
+    ]
+    ids = [{node.id for node in found.nodes if node.stage == "speed"} for found in (timed, *others)]
+    assert ids[0] == ids[1]
+    assert not ids[0] & ids[2]
+    assert stages(others[1]) == stages(timed)
+    assert {n.id for n in others[1].nodes if n.stage == "task"} == {n.id for n in timed.nodes if n.stage == "task"}
     assert {node.id for node in plain.nodes if node.stage == "task"} <= {node.id for node in timed.nodes}
     with pytest.raises(UserError, match="rounds=1, expected a whole number >= 2"):
         graph.expand("mine", ["speed=one_thread", "speed.rounds=1"], store)

@@ -109,3 +109,5 @@ def test_mistakes_are_one_line(dense, half):
         Timing.of({"name": "x", "promt": 3})
     with pytest.raises(UserError, match=r"conf/speed/x\.yaml: rounds=1, expected a whole number >= 2"):
         Timing.of({"name": "x", "rounds": 1})
+    with pytest.raises(UserError, match=r"conf/speed/x\.yaml: dtype='float23'; did you mean float32.*, or null"):
+        Timing.of({"name": "x", "dtype": "float23"})

@@ -6,13 +6,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from espalier.errors import UserError, nearest
+from espalier.models.running import DTYPE_BYTES
 
 
 @dataclass(frozen=True)
 class Timing:
     """How a checkpoint is timed against the uncompressed model: `rounds` of a `prompt` and `new` tokens, one sequence.
 
-    `domain` is the embedded text that is read; `threads` those of a processor. UserError for a number that cannot be.
+    `domain` is the embedded text that is read; `threads` those of a processor; `dtype` that of the weights, None the
+    one that the model is scored in. UserError for a number or a dtype that cannot be.
     """
 
     name: str
@@ -21,6 +23,7 @@ class Timing:
     rounds: int = 5
     threads: int = 1
     domain: str = "wiki"
+    dtype: str | None = None
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Timing:
@@ -36,4 +39,6 @@ class Timing:
             value = getattr(timing, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{where}: {key}={value!r}, expected a whole number >= {least}.")
+        if timing.dtype is not None and timing.dtype not in DTYPE_BYTES:
+            raise UserError(f"{where}: dtype={timing.dtype!r}; {nearest(timing.dtype, list(DTYPE_BYTES))}, or null.")
         return timing

@@ -212,8 +212,9 @@ class _Builder:
             "scores": {task["task"]: self._task(task, weights, label, fetch) for task in self._tasks(config)},
         }
         if config["speed"]["name"] != "none" and weights != fetch:
-            Timing.of(config["speed"])  # a bad key is told before anything runs
-            timed = {"speed": config["speed"], "dtype": model["dtype"]}
+            timing = Timing.of(config["speed"])  # a bad key is told before anything runs
+            own = {key: value for key, value in config["speed"].items() if key != "dtype"}
+            timed = {"speed": own, "dtype": timing.dtype or model["dtype"]}
             row["speed"] = self.add(Node("speed", timed, (weights, fetch), label))
         if config["kernel"]["name"] != "none":
             row["kernels"] = self._kernels(config, fetch, weights, model, label)
