@@ -5,6 +5,7 @@ What the tables of RECORDED are made from goes into docs/records/.
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,13 +49,13 @@ def main(refs: Path, *overrides: str) -> None:
         shared = [_shared(section) for section in sections]
         replace(ROOT / "docs/kernels.md", name, "\n\n".join([made, head.strip(), *filter(None, shared)]))
     if name in RECORDED:
-        record(refs.parents[1], name, overrides)
+        keep_record(refs.parents[1], name, [word for said in overrides for word in shlex.split(said)])
     if name == README:
         note = "Half of the experts removed; parameters in millions. All methods, both ratios, and how to read them: "
         replace(ROOT / "README.md", name, f"{head(body)}\n\n{note}[docs/results.md](docs/results.md). {made}")
 
 
-def record(results: Path, name: str, overrides: Sequence[str]) -> None:
+def keep_record(results: Path, name: str, overrides: Sequence[str]) -> None:
     """Put what an experiment's table is made from into docs/records/NAME.tar.xz."""
     from espalier.artefacts.store import Store
     from espalier.workflow import archive, graph
