@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import tiny
-from espalier import conf
+from espalier import conf, stages
+from espalier.artefacts.store import Store
 from espalier.collecting.collect import collect_checkpoint
 from espalier.costs import estimate, parameters, sizes
 from espalier.costs.estimate import Cost
@@ -504,3 +505,23 @@ def test_caches_of_compiled_products_are_bounded_unless_the_user_says_otherwise(
     Running.of(device="cpu").torch_device()
     assert os.environ == {"LRU_CACHE_CAPACITY": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": heap.PRIMITIVES}
     assert 2 * int(heap.PRIMITIVES) * 2.8e5 == estimate.KERNEL_BYTES
+
+
+def test_what_is_timed_compiles_no_product_twice(monkeypatch, tmp_path):
+    """Under a bound of 64, products of many numbers of rows took twice their time, each being compiled again."""
+    monkeypatch.setattr(os, "environ", {"LRU_CACHE_CAPACITY": "7"})
+    seen = {}
+
+    def stop(*_):
+        seen.update(os.environ)
+        raise InterruptedError
+
+    monkeypatch.setattr("espalier.timing.speed.measure_speed", stop)
+    monkeypatch.setattr("espalier.stages.weights", lambda *_: tmp_path)
+    monkeypatch.setattr("espalier.stages._directory", lambda *_: tmp_path)
+    monkeypatch.setattr(Store, "origin", lambda *_: {})
+    node = {"config": {"speed": {"name": "quick"}, "dtype": "bfloat16"}}
+    with pytest.raises(InterruptedError):
+        stages._speed(node, Store(tmp_path), tmp_path / "speed.json", {})
+    assert seen == {"LRU_CACHE_CAPACITY": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": heap.USUAL}
+    assert 2 * int(heap.USUAL) * 2.8e5 == estimate.TIMED_KERNEL_BYTES

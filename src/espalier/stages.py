@@ -13,6 +13,7 @@ from espalier.artefacts.partial import resumable_work
 from espalier.artefacts.provenance import run_record
 from espalier.artefacts.store import MODELS, Store, identity, read_json, write_json
 from espalier.errors import UserError
+from espalier.machine import heap
 from espalier.models.running import Running
 
 if TYPE_CHECKING:
@@ -275,6 +276,7 @@ def _scored(node: Document, store: Store, record: Document) -> AbstractContextMa
 
 
 def _speed(node: Document, store: Store, artefact: Path, record: Document) -> None:
+    heap.keep_primitives()
     config, running = node["config"], Running.of(runtime(store)["runtime"])
     original = _directory(store.origin(node), store)
     if "kernel" in config:

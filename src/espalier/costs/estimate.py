@@ -39,6 +39,7 @@ PROCESS = {"tokens": 2.2e8, "collect": 3.1e8, "plan": 5e7, "weights": 2.5e8, "ap
 PROCESS |= {"score": 4.3e8, "perplexity": 3.3e8}
 # Compiled products in bf16 and fp16 on a processor, kept by oneDNN and by PyTorch (models/heap.py): 64 each, 0.28 MB.
 KERNEL_BYTES = 2 * 64 * 2.8e5
+TIMED_KERNEL_BYTES = 2 * 1024 * 2.8e5  # where time is measured: as many as they keep by themselves
 MAPPED_LIBRARIES = 2.4e8  # resident pages of shared libraries
 # What CUDA adds, an assumption.
 CUDA_HOST_BYTES, CUDA_BYTES = 2e9, 6e8

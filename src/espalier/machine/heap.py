@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import os
 
-PRIMITIVES = "64"
+PRIMITIVES, USUAL = "64", "1024"
 # Compiled products are kept twice: by oneDNN, and by PyTorch's layer above it (ideep), by their own variables.
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -27,3 +27,9 @@ def bound_primitives() -> None:
     """
     for name in CACHES:
         os.environ.setdefault(name, PRIMITIVES)
+
+
+def keep_primitives() -> None:
+    """Let them keep as many as they do by themselves: where time is measured, a product is not to be compiled again."""
+    for name in CACHES:
+        os.environ.setdefault(name, USUAL)

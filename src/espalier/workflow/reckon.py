@@ -11,7 +11,9 @@ from espalier.artefacts.store import MODELS, Store
 from espalier.artefacts.temporary import made_by
 from espalier.costs.estimate import (
     CHOICE_LENGTH,
+    KERNEL_BYTES,
     PROCESS,
+    TIMED_KERNEL_BYTES,
     Cost,
     apply_cost,
     collect_cost,
@@ -182,6 +184,12 @@ class Reckoner:
         return score_cost(sizes, choices, windows, length, flops, dtype, self.running, self.hardware, longest)
 
     def _speed(self, job: Document) -> Cost:
+        cost = self._timing(job)
+        compiled = str(job["config"]["dtype"]) in ("bfloat16", "float16") and not self.hardware.gpu(self.running.device)
+        more = TIMED_KERNEL_BYTES - KERNEL_BYTES if compiled and cost.memory else 0.0
+        return replace(cost, memory=cost.memory + more)
+
+    def _timing(self, job: Document) -> Cost:
         sizes, original = self._weights(job), self._model(self.store.origin(job))
         if sizes is None or original is None:
             return Cost()
