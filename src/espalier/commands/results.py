@@ -37,8 +37,8 @@ def peek(
 
     store, found = _expanded(experiment, overrides, results)
     node, waiting = finished.so_far(found, store)
-    os.environ["ESPALIER_RUNTIME"] = graph.save_run(found, Store(results))
     kept = Store(results)
+    os.environ["ESPALIER_RUNTIME"] = graph.save_run(found, kept)
     graph.save(found, kept)
     kept.write_node(node)
     path = stages.run(node.id, kept)

@@ -5,11 +5,9 @@ from typing import Any
 
 from espalier.artefacts.store import Node, Store
 from espalier.errors import UserError
-from espalier.workflow.graph import Experiment, table_node
+from espalier.workflow.graph import TIMES, Experiment, table_node
 
 Row = dict[str, Any]
-
-TIMES = ("speed", "kernels")
 
 
 def table_of(experiment: Experiment) -> Node:

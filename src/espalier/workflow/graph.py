@@ -18,6 +18,7 @@ from espalier.training.tune_settings import Tuning
 from espalier.workflow.labels import left, model_name, published_row, row_label
 from espalier.workflow.sweep import Composer, Config, Point, is_seed, is_shown, overrides_of, points
 
+TIMES = ("speed", "kernels")  # what may be timed of a row
 BY_TASK = {"fewshot": "num_fewshot", "metrics": "metric"}  # of an evaluation: settings of single tasks
 COMPARE = ("file", "table", "models", "tasks")  # keys of `compare`
 COMPARED = 128  # likeliest tokens of the uncompressed model that a divergence tells apart; the others are one class
@@ -88,7 +89,7 @@ def table_node(config: Config) -> Node:
     """Return the node of the table that `config` describes, made from what was measured of its rows."""
     rows = config["rows"]
     parents = [id for row in rows for id in row["scores"].values()]
-    parents += [row[kind] for kind in ("speed", "kernels") for row in rows if kind in row]
+    parents += [row[kind] for kind in TIMES for row in rows if kind in row]
     parents += [row["plan"] for row in rows if row["plan"]]
     return Node("table", config, tuple(dict.fromkeys(parents)), config["experiment"])
 
