@@ -1,21 +1,25 @@
 """Time of a MoE block's experts on a CPU: transformers' `eager` and `grouped_mm` beside `espalier`.
 
     python benchmarks/experts_cpu.py [--hidden 512] [--width 1792] [--experts 8] [--top-k 2] [--dtypes float32 bfloat16]
-        [--tokens 1 4 16 64 256 1024 4096] [--seconds 8]
+        [--tokens 1 4 16 64 256 1024 4096] [--seconds 8] [--new]
 
 Mixtral's experts with random weights, on one thread; every token's experts and weights are drawn by chance. The
-implementations run in turn within each round, in an order that rotates, each round with another input of eight; times
-are CPU time of this thread, so that other jobs disturb all implementations alike. Printed is a Markdown table: the
-median milliseconds of each, and the speed-up of `grouped_mm` and of `espalier` over `eager`: the median over rounds
-of the ratio within a round, with the ratios that 20 and 80 % of the rounds stay below.
+implementations run in turn within each round, in an order that rotates, each round with another input of eight. With
+`--new` every call has an input that no other had: as in use, where oneDNN compiles a product for each number of rows
+that an expert gets for the first time. Times are CPU time of this thread, so that other jobs disturb all
+implementations alike. Printed is a Markdown table: the median milliseconds of each, and the speed-up of `grouped_mm`
+and of `espalier` over `eager`: the median over rounds of the ratio within a round, with the ratios that 20 and 80 % of
+the rounds stay below.
 
 First the outputs are compared with each other, and those of 64 tokens with a computation in float64; nothing is timed
 when one differs by more than rounding. How much packed weights gain depends on the CPU, so that the table names it.
 """
 
 import argparse
+import functools
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,9 @@ from espalier.kernels import packed, register
 
 NAMES = ("eager", "grouped_mm", "espalier")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest output
+OF_ALL = 8  # inputs that all implementations are given in turn
 Inputs = tuple[Tensor, Tensor, Tensor]
+Spent = dict[str, list[float]]
 
 
 def experts(options: argparse.Namespace, dtype: torch.dtype, implementation: str, seed: int = 0) -> Any:
@@ -69,17 +75,19 @@ def check(modules: dict[str, Any], inputs: Inputs, dtype: str) -> None:
                 raise SystemExit(f"{name}, {dtype}, {len(found)} tokens: off by {error:.2g} of the largest output")
 
 
-def measure(modules: dict[str, Any], inputs: list[Inputs], seconds: float) -> dict[str, list[float]]:
-    """Return the seconds of each implementation in each round."""
-    spent: dict[str, list[float]] = {name: [] for name in modules}
+def measure(modules: dict[str, Any], draw_one: Callable[[int], Inputs], seconds: float, new: bool) -> Spent:
+    """Return the seconds of each implementation in each round, of inputs by number."""
+    spent: Spent = {name: [] for name in modules}
     names, rounds, end = list(modules), 0, time.thread_time() + seconds
+    some = [draw_one(number) for number in range(OF_ALL)]
     for module in modules.values():
-        module(*inputs[0])
+        module(*some[0])
     while rounds < 9 or (rounds < 400 and time.thread_time() < end):
         for place in range(len(names)):
             name = names[(place + rounds) % len(names)]
+            inputs = draw_one(OF_ALL + rounds * len(names) + place) if new else some[rounds % OF_ALL]
             start = time.thread_time()
-            modules[name](*inputs[rounds % len(inputs)])
+            modules[name](*inputs)
             spent[name].append(time.thread_time() - start)
         rounds += 1
     return spent
@@ -111,6 +119,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(TOLERANCE))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024, 4096])
     parser.add_argument("--seconds", type=float, default=8.0, help="CPU seconds a row, at least 9 rounds")
+    parser.add_argument("--new", action="store_true", help="an input of its own for every call")
     options = parser.parse_args()
     torch.set_num_threads(1)
     register()
@@ -123,9 +132,9 @@ def main() -> None:
     for dtype in options.dtypes:
         modules = {name: experts(options, getattr(torch, dtype), name) for name in NAMES}
         for tokens in options.tokens:
-            inputs = [draw(options, tokens, getattr(torch, dtype), seed) for seed in range(8)]
-            check(modules, inputs[0], dtype)
-            spent = measure(modules, inputs, options.seconds)
+            draw_one = functools.partial(draw, options, tokens, getattr(torch, dtype))
+            check(modules, draw_one(0), dtype)
+            spent = measure(modules, draw_one, options.seconds, options.new)
             times = " | ".join(f"{1e3 * statistics.median(spent[name]):.2f}" for name in NAMES)
             ratios = " | ".join(
                 "{:.2f} [{:.2f}, {:.2f}]".format(*speed_up(spent["eager"], spent[name])) for name in NAMES[1:]

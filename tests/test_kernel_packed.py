@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import itertools
+import random
 import threading
 import types
 import warnings
@@ -13,7 +15,7 @@ from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
 from espalier.errors import UserError
-from espalier.kernels import expert_layout, experts, packed, register
+from espalier.kernels import expert_layout, experts, grouped, packed, register, sorted_rows
 from espalier.models import runtime
 from example_plans import examples
 from tiny import FAMILIES
@@ -36,7 +38,7 @@ SIZES = [(100, 600, 8, 2), (600, 100, 8, 8), (32, 24, 1, 1), (32, 40, 64, 8), (3
 @pytest.fixture(autouse=True)
 def pack_small_ones(monkeypatch):
     """Pack what is too small to gain by it, and warn again of what a test before had a warning of."""
-    monkeypatch.setattr(packed, "LEAST", dict.fromkeys(packed.LEAST, 0))
+    monkeypatch.setattr(packed, "least", lambda dtype: 0)
     register()
     packed._warn.cache_clear()
 
@@ -137,8 +139,11 @@ def test_activations(layout, act_fn):
     assert own == (act_fn is nn.functional.mish)
 
 
-def test_choices_that_leave_experts_or_tokens_without_the_other():
-    module, (hidden, _, weights) = make("biased"), routes(40)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packs", [True, False])
+def test_choices_that_leave_experts_or_tokens_without_the_other(packs, dtype, monkeypatch):
+    monkeypatch.setattr(packed, "least", lambda dtype: 0 if packs else 1 << 20)
+    module, (hidden, _, weights) = make("biased", dtype=dtype), routes(40, dtype=dtype)
     for indices in (
         torch.tensor([[3, 3]]),  # all on one expert, and twice
         torch.tensor([[3, 8]]),  # the second slot is none
@@ -147,12 +152,12 @@ def test_choices_that_leave_experts_or_tokens_without_the_other():
         torch.tensor([[7, 2]]),
     ):
         for tokens in (1, 40):
-            found = check(module, hidden[:tokens], indices.expand(tokens, 2), weights[:tokens])
+            found = check(module, hidden[:tokens], indices.expand(tokens, 2), weights[:tokens], packs)
             if (indices >= 8).all():
                 assert torch.equal(found, torch.zeros_like(found))
     mixed = torch.randint(0, 11, (40, 6), generator=torch.Generator().manual_seed(1))  # twice, thrice and none
-    check(module, hidden, mixed, torch.rand(40, 6))
-    check(module, hidden, mixed, torch.rand(40, 6).bfloat16())
+    check(module, hidden, mixed, torch.rand(40, 6), packs)
+    check(module, hidden, mixed, torch.rand(40, 6).bfloat16(), packs)
 
 
 def test_duplicates_run_once(monkeypatch):
@@ -164,7 +169,7 @@ def test_duplicates_run_once(monkeypatch):
     with torch.inference_mode():
         for tokens in (1, 40):
             module(hidden[:tokens], torch.zeros(tokens, 2, dtype=torch.int64), weights[:tokens])
-    assert rows == [packed.FAST_ROWS, 40]
+    assert rows == [packed.fast_rows(), 40]
 
 
 @pytest.mark.parametrize("tokens", [1, 50])
@@ -191,11 +196,63 @@ def test_strided_inputs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_plain_loop_where_packing_gains_nothing(dtype, monkeypatch):
-    monkeypatch.setattr(packed, "LEAST", {dtype: 32 * 24 + 1})
-    for layout in LAYOUTS:
-        for tokens in (0, 1, 70):
-            check(make(layout, dtype=dtype), *routes(tokens, dtype=dtype), packs=False)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_experts_run_as_grouped_products(layout, dtype, monkeypatch):
+    monkeypatch.setattr(packed, "least", lambda dtype: 32 * 24 + 1)
+    called, run = [], grouped.forward
+    monkeypatch.setattr(grouped, "forward", lambda *args: called.append(1) or run(*args))
+    for tokens in (0, 1, 2, 70, 700, 2100):
+        check(make(layout, dtype=dtype), *routes(tokens, dtype=dtype), packs=False)
+    assert len(called) == 2 * 3  # one token has nothing to be grouped, and experts of many rows gain nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_do_not_read_unselected_experts(dtype, monkeypatch):
+    monkeypatch.setattr(packed, "least", lambda dtype: 1 << 20)
+    module, (hidden, indices, weights) = make("gpt_oss", dtype=dtype), routes(600, dtype=dtype)
+    indices = indices % 3 * 2  # 0, 2, 4, of some more than are computed at once
+    expected = check(module, hidden, indices, weights, packs=False)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            for expert in (1, 3, 5, 6, 7):
+                parameter[expert] = float("nan")
+        assert torch.equal(module(hidden, indices, weights), expected)
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(30, 24), (32, 25)])
+def test_the_plain_loop_where_rows_are_not_aligned(hidden, width, monkeypatch):
+    monkeypatch.setattr(packed, "least", lambda dtype: 1 << 20)
+    monkeypatch.setattr(grouped, "forward", None)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(make("biased", hidden, width, dtype=dtype), *routes(70, hidden, dtype=dtype), packs=False)
+
+
+def test_few_numbers_of_rows_are_compiled():
+    rows = range(grouped.TOGETHER + 1)
+    numbers = [sorted_rows.few_numbers(row) for row in rows]
+    assert len(set(numbers)) == 1 + 24
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == grouped.TOGETHER
+    for row, number in zip(rows, numbers, strict=True):
+        assert row <= number <= max(row + 3, row * 3 / 2)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_pieces_hold_every_row_once(split):
+    generator = random.Random(0)
+    most = sorted_rows.TOGETHER
+    for _ in range(200):
+        counts = [
+            generator.choice([0, 1, 7, 100, most, most + 1, 3 * most - 1]) for _ in range(generator.randint(0, 9))
+        ]
+        starts = [0, *itertools.accumulate(counts)]
+        seen = []
+        for first, last, start, stop in sorted_rows.pieces(counts, most, split):
+            assert starts[first] <= start <= stop <= starts[last]
+            assert stop - start <= most or (not split and last == first + 1)
+            assert last == first + 1 or (start, stop) == (starts[first], starts[last])
+            seen += range(start, stop)
+        assert seen == list(range(sum(counts)))
 
 
 @pytest.mark.parametrize("family_name", STOCK)

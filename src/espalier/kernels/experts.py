@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from espalier.kernels import jit, packed
-from espalier.kernels.expert_layout import ExpertLayout
+from espalier.kernels.expert_layout import layout_of
 
 NAME = "espalier"
-LAYOUT = "_espalier_layout"  # in a module's __dict__: the shape of its weights and their layout
 
 
 def register_experts() -> None:
@@ -32,7 +31,7 @@ def experts_forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tenso
         on_cpu = _uncompiled if torch.compiler.is_compiling() else _on_cpu
         output: Tensor = on_cpu(module, hidden, indices, weights)
         return output
-    layout = _layout(module)
+    layout = layout_of(module)
     try:
         from espalier.kernels import ragged
 
@@ -58,12 +57,3 @@ def _on_cpu(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Te
 
 # How many rows an expert has is not known when a graph is made.
 _uncompiled = torch.compiler.disable(_on_cpu)
-
-
-def _layout(module: Any) -> ExpertLayout:
-    """Return the module's layout, found once: it takes trial computations."""
-    known = module.__dict__.get(LAYOUT)
-    if known is None or known[0] != module.down_proj.shape:
-        known = module.__dict__[LAYOUT] = module.down_proj.shape, ExpertLayout.of(module)
-    layout: ExpertLayout = known[1]
-    return layout

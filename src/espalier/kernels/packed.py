@@ -6,39 +6,41 @@ implementation, gradients, `state_dict`, `to`, a copy) first restores them, bit 
 packs again. What writes into a parameter that it got from `model.parameters()` must call `unpack` before: it would
 write into nothing, which raises at the next call, but for writes through `.data`, which torch does not count.
 
-Where weights cannot be packed, and where gradients are needed, the same sorted loop runs with plain products.
+Experts too small to gain by it run as grouped products. Where weights cannot be packed, and where gradients are needed,
+the same sorted loop runs with plain products.
 
 Shapes: T tokens, K slots a token, R rows, E experts, D hidden, F expert width.
 """
 
+import contextlib
 import copy
 import functools
+import platform
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.integrations.moe import grouped_mm_experts_forward
 
 from espalier.errors import UserError
-from espalier.kernels.expert_layout import OWN, ExpertLayout, own_inner
+from espalier.kernels import grouped
+from espalier.kernels.expert_layout import OWN, layout_of, own_inner
+from espalier.kernels.sorted_rows import few_numbers, weighted_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the plain loop
 KEY = "_espalier_packed"  # in a module's __dict__: its Packed
-# Elements of an expert's second weights from which on oneDNN gains more than its calls cost, 10 us each (measured).
-LEAST = {torch.float32: 1 << 17, torch.bfloat16: 1 << 14}
-# Of small experts, from so many tokens and up to so many rows an expert, transformers' grouped_mm is faster (measured).
-FEW_TOKENS, FEW_ROWS = 3, 64
-# oneDNN reads packed weights a fifth faster for four rows than for one, two or three (measured, Zen 4).
-FAST_ROWS = 4
-TOGETHER = 256  # rows of neighbouring experts that are gathered, and added, at once
+# Elements of an expert's second weights from which on oneDNN gains more than its calls cost (measured).
+LEAST = {torch.float32: 1 << 17, torch.bfloat16: 1 << 17}
+# On Intel's processors plain products in float32 are MKL's at their best: packed ones of large experts are as fast for
+# few rows and 1.1 to 1.5 times as fast for many, those of smaller ones are slower below 30 rows (measured).
+LEAST_INTEL = {torch.float32: 3 << 18, torch.bfloat16: 1 << 17}
+# Elsewhere oneDNN reads packed weights a fifth faster for four rows than for one, two or three (measured, Zen 4).
+FAST_ROWS, FAST_ROWS_INTEL = 4, 1
 _LOCK = threading.RLock()  # threads that serve one model meet at the first call
-
-Product = Callable[[Tensor, int], Tensor]  # rows [R, D] and their expert -> what it makes of them, [R, D]
 
 
 def unsupported(module: Any) -> str | None:
@@ -59,21 +61,33 @@ def forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Te
     packed: Packed | None = module.__dict__.get(KEY)
     if packed is None or not packed.current(module):
         packed = _pack(module)
-    if packed is None and _for_the_library(module, hidden, indices):
-        output: Tensor = grouped_mm_experts_forward(module, hidden, indices, weights)
-        return output
-    return (packed.run if packed else plain)(module, hidden, indices, weights)
+    if packed is not None:
+        return packed.run(module, hidden, indices, weights)
+    if len(hidden) > 1 and indices.numel() <= grouped.TOGETHER * module.num_experts:
+        dtype, size = module.down_proj.dtype, module.down_proj.shape[1:].numel()
+        if size < least(dtype) and not module.down_proj.is_meta:
+            layout = layout_of(module)
+            if not grouped.unsupported(layout, dtype):
+                return grouped.forward(module, layout, hidden, indices, weights)
+    return plain(module, hidden, indices, weights)
 
 
-def _for_the_library(module: Any, hidden: Tensor, indices: Tensor) -> bool:
-    """Whether experts are so small, and have so few rows each, that a call of Python's for each is what takes time."""
-    tokens, k = indices.shape
-    weight = module.down_proj
-    small = weight.shape[1:].numel() < LEAST.get(weight.dtype, 0) and hidden.dtype is weight.dtype
-    if not small or tokens < FEW_TOKENS or tokens * k > FEW_ROWS * module.num_experts:
-        return False
-    # The library leaves rows of "no expert" unset unless it was told that there may be some.
-    return module._is_expert_parallel or bool((indices < module.num_experts).all())
+def least(dtype: torch.dtype) -> int:
+    """Return from how many elements of an expert's second weights on they are packed on this processor."""
+    return (LEAST_INTEL if _intel() else LEAST).get(dtype, 0)
+
+
+def fast_rows() -> int:
+    """Return for how many rows packed weights are multiplied at least."""
+    return FAST_ROWS_INTEL if _intel() else FAST_ROWS
+
+
+@functools.cache
+def _intel() -> bool:
+    """Whether the processor is one of Intel's, as far as the system says."""
+    with contextlib.suppress(OSError):
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    return "Intel" in platform.processor()
 
 
 def plain(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -99,7 +113,7 @@ def plain(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tens
             x = module.post_expert_norm(x)
         return x
 
-    return _weighted_sum(run, hidden.to(first.dtype), indices, weights, len(second)).to(hidden.dtype)
+    return weighted_sum(run, hidden.to(first.dtype), indices, weights, len(second)).to(hidden.dtype)
 
 
 def unpack(model: nn.Module) -> None:
@@ -143,7 +157,7 @@ class Packed:
 
     def __init__(self, module: Any) -> None:
         self.stock: Any = type(module)
-        self.layout = ExpertLayout.of(module)
+        self.layout = layout_of(module)
         self.dtype: torch.dtype = module.down_proj.dtype
         self.weights: dict[str, list[Tensor]] = {}  # of each stack, one an expert
         self.seen: dict[str, tuple[nn.Parameter, int]] = {}  # the parameters without data, and their versions
@@ -164,13 +178,8 @@ class Packed:
 
     def inner(self, module: Any, projected: Tensor) -> Tensor:
         """Return the inner activations [R, F] of the first product, [R, 2F] or [R, F]."""
-        layout = self.layout
-        if layout.activation == OWN:
-            return own_inner(module, projected)
-        if not layout.gated or layout.interleaved or layout.limit is not None or layout.shift:
-            return layout.inner(projected)
-        gate, up = projected.chunk(2, dim=-1)
-        return layout.act(gate).mul_(up)  # in place: nobody asks for gradients here
+        own = self.layout.activation == OWN
+        return own_inner(module, projected) if own else self.layout.inner_in_place(projected)
 
     def run(self, module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Return what `forward` does."""
@@ -180,10 +189,13 @@ class Packed:
             (getattr(module, f"{name}_bias") for name in (self.first, self.second)) if layout.biased else (None, None)
         )
 
+        fast = fast_rows()
+
         def run(x: Tensor, expert: int) -> Tensor:
             rows = len(x)
-            if rows < FAST_ROWS:
-                x = functional.pad(x, (0, 0, 0, FAST_ROWS - rows))
+            more = max(few_numbers(rows), fast)
+            if more > rows:
+                x = functional.pad(x, (0, 0, 0, more - rows))
             bias = None if first_bias is None else first_bias[expert]
             x = self.inner(module, product(x, firsts[expert], bias, "none", (), ""))
             bias = None if second_bias is None else second_bias[expert]
@@ -193,7 +205,7 @@ class Packed:
             return x
 
         x = hidden if hidden.dtype is self.dtype else hidden.to(self.dtype)  # autocast has other ideas of it
-        return _weighted_sum(run, x, indices, weights, layout.experts).to(hidden.dtype)
+        return weighted_sum(run, x, indices, weights, layout.experts, split=True).to(hidden.dtype)
 
 
 class PackedModule:
@@ -235,7 +247,7 @@ def _packed_class(stock: type, stacks: tuple[str, ...]) -> type:
 
 def _pack(module: Any) -> Packed | None:
     """Pack the module's weights, one stack at a time; None where that cannot be, or gains nothing."""
-    if KEY not in module.__dict__ and module.down_proj.shape[1:].numel() < LEAST.get(module.down_proj.dtype, 0):
+    if KEY not in module.__dict__ and module.down_proj.shape[1:].numel() < least(module.down_proj.dtype):
         return None
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         packed: Packed | None = module.__dict__.get(KEY)
@@ -355,40 +367,3 @@ def _differentiates(module: nn.Module, hidden: Tensor, weights: Tensor) -> bool:
     return torch.is_grad_enabled() and (
         hidden.requires_grad or weights.requires_grad or any(p.requires_grad for p in module.parameters())
     )
-
-
-def _weighted_sum(run: Product, x: Tensor, indices: Tensor, weights: Tensor, experts: int) -> Tensor:
-    """Return the weighted sum [T, D], float32 at least, of what `run` makes of each expert's tokens at once."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    output = x.new_zeros(x.shape, dtype=wide)
-    if len(x) == 1 and not torch.is_grad_enabled():  # nothing to sort, and no graph that needs the weights
-        shares: dict[int, float] = {}
-        for number, part in zip(indices.flatten().tolist(), weights.flatten().tolist(), strict=True):
-            if number < experts:
-                shares[number] = shares.get(number, 0.0) + part
-        for number, part in shares.items():
-            output.add_(run(x, number), alpha=part)
-        return output
-    expert, order = indices.flatten().sort(stable=True)
-    live = int((expert < experts).sum())
-    expert, order = expert[:live], order[:live]
-    token = order // indices.shape[-1]
-    weight = weights.flatten()[order].to(wide)
-    again = (expert[1:] == expert[:-1]) & (token[1:] == token[:-1])  # the sort is stable: these are neighbours
-    if again.any():
-        new = torch.cat([again.new_ones(1), ~again])
-        weight = weight.new_zeros(int(new.sum())).index_add(0, new.cumsum(0) - 1, weight)
-        expert, token = expert[new], token[new]
-    distinct, counts = (found.tolist() for found in expert.unique_consecutive(return_counts=True))
-    first = start = 0
-    while first < len(distinct):
-        last, rows = first + 1, counts[first]
-        while last < len(distinct) and rows + counts[last] <= TOGETHER:
-            rows, last = rows + counts[last], last + 1
-        here, share = token[start : start + rows], weight[start : start + rows, None]
-        parts = x.index_select(0, here).split(counts[first:last])
-        made = [run(part, number) for part, number in zip(parts, distinct[first:last], strict=True)]
-        joined = torch.cat(made) if len(made) > 1 else made[0]
-        output.index_add_(0, here, joined.to(wide).mul_(share))
-        first, start = last, start + rows
-    return output

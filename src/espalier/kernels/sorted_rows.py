@@ -1,0 +1,87 @@
+"""Tokens sorted by the experts that they run: which rows are computed at once, and their weighted sum.
+
+Shapes: T tokens, K slots a token, R rows, E experts, D hidden.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+# Rows of neighbouring experts that are gathered, and added, at once; what lies between two products stays in the cache.
+TOGETHER = 256
+STEPS = (
+    (4, 2),
+    (16, 4),
+    (64, 8),
+    (128, 16),
+    (256, 32),
+    (512, 64),
+)  # up to so many rows, numbers of rows lie so far apart
+
+Product = Callable[[Tensor, int], Tensor]  # rows [R, D] and their expert -> what it makes of them, [R, D]
+Piece = tuple[int, int, int, int]  # the first expert and the one after the last, and their rows likewise
+
+
+def few_numbers(rows: int) -> int:
+    """Return the least number >= rows (0 to 512) of the 24 that products are computed for: half more at most, or 3.
+
+    oneDNN compiles a product for each number of rows, which takes as long as the product itself for 50 rows. How many
+    rows an expert gets changes with every call.
+    """
+    if rows <= 2:
+        return rows
+    step = next((step for up_to, step in STEPS if rows <= up_to), STEPS[-1][1])
+    return -(-rows // step) * step
+
+
+def pieces(counts: list[int], most: int = TOGETHER, split: bool = True) -> Iterator[Piece]:
+    """Yield neighbouring experts that have at most `most` rows together; one that has more, alone or in parts."""
+    first = start = 0
+    while first < len(counts):
+        last, stop = first + 1, start + counts[first]
+        while last < len(counts) and stop + counts[last] - start <= most:
+            stop, last = stop + counts[last], last + 1
+        step = most if split else max(stop - start, 1)
+        for part in range(start, stop, step):
+            yield first, last, part, min(part + step, stop)
+        first, start = last, stop
+
+
+def weighted_sum(
+    run: Product, x: Tensor, indices: Tensor, weights: Tensor, experts: int, split: bool = False
+) -> Tensor:
+    """Return the weighted sum [T, D], float32 at least, of what `run` makes of each expert's rows of x [T, D].
+
+    `indices` int [T, K] and `weights` [T, K] are a router's; an index >= experts means "no expert". A token's picks of
+    one expert are one row. `split`: `run` is given at most TOGETHER rows.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    output = x.new_zeros(x.shape, dtype=wide)
+    if len(x) == 1 and not torch.is_grad_enabled():  # nothing to sort, and no graph that needs the weights
+        shares: dict[int, float] = {}
+        for number, part in zip(indices.flatten().tolist(), weights.flatten().tolist(), strict=True):
+            if number < experts:
+                shares[number] = shares.get(number, 0.0) + part
+        for number, part in shares.items():
+            output.add_(run(x, number), alpha=part)
+        return output
+    expert, order = indices.flatten().sort(stable=True)
+    live = int((expert < experts).sum())
+    expert, order = expert[:live], order[:live]
+    token = order // indices.shape[-1]
+    weight = weights.flatten()[order].to(wide)
+    again = (expert[1:] == expert[:-1]) & (token[1:] == token[:-1])  # the sort is stable: these are neighbours
+    if again.any():
+        new = torch.cat([again.new_ones(1), ~again])
+        weight = weight.new_zeros(int(new.sum())).index_add(0, new.cumsum(0) - 1, weight)
+        expert, token = expert[new], token[new]
+    distinct, counts = (found.tolist() for found in expert.unique_consecutive(return_counts=True))
+    for first, last, start, stop in pieces(counts, split=split):
+        here, share = token[start:stop], weight[start:stop, None]
+        rows = x.index_select(0, here)
+        parts = rows.split(counts[first:last]) if last > first + 1 else (rows,)
+        made = [run(part, number) for part, number in zip(parts, distinct[first:last], strict=True)]
+        joined = torch.cat(made) if len(made) > 1 else made[0]
+        output.index_add_(0, here, joined.to(wide).mul_(share))
+    return output
