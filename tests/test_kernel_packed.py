@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
+from espalier import kernels
 from espalier.errors import UserError
 from espalier.kernels import expert_layout, experts, grouped, packed, register, sorted_rows
 from espalier.models import runtime
@@ -278,8 +279,26 @@ def test_compressed_checkpoints_equal_eager(family_name, kind, applied):
     model.set_experts_implementation("espalier")
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     assert all(is_packed(model))
+    mapped = kernels.attach(model)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     model.set_experts_implementation("eager")
     assert torch.equal(logits(model), expected)
+    assert bool(mapped) == (kind in ("few", "remap", "remap_skip"))
+
+
+def test_a_map_is_applied_by_the_implementation_that_joins_picks(applied, monkeypatch):
+    monkeypatch.setattr(packed, "least", lambda dtype: 1 << 20)
+    model = runtime.load(applied("mixtral", "remap")[1], "float32")
+    expected = logits(model)
+    model.set_experts_implementation("espalier")
+    assert kernels.attach(model)
+    given, run = [], grouped.forward
+    monkeypatch.setattr(grouped, "forward", lambda *args: given.append(args[3]) or run(*args))
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    stored = max(module.num_experts for module in model.modules() if hasattr(module, "has_gate"))
+    assert given
+    assert all(int(indices.max()) < stored for indices in given)  # the checkpoint's own hook would say "no expert"
+    assert any((indices[:, :1] == indices[:, 1:]).any() for indices in given)
 
 
 # The life of packed weights

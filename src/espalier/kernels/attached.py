@@ -104,17 +104,22 @@ def _route_of(hook: Any, experts: Any) -> Route | None:
     return Route(experts.num_experts if mapped is None else len(mapped), mapped, rule)
 
 
+def _runs_espalier(experts: Any) -> bool:
+    """Whether Espalier's implementation is what follows, for inference, and nobody else looks at what runs."""
+    implementation = experts.config._experts_implementation
+    return implementation == "espalier" and not torch.is_grad_enabled() and len(experts._forward_pre_hooks) == 1
+
+
 def _fused(hook: Callable[[Any, Routed], Routed], route: Route) -> Callable[[Any, Routed], Routed]:
+    only_map = route.expert_map if route.skip == NO_SKIP else None
+
     def before(experts: Any, inputs: Routed) -> Routed:
         hidden = inputs[0]
-        fused = (
-            runs_on(hidden.device)
-            and not torch.is_grad_enabled()
-            and experts.config._experts_implementation == "espalier"
-            and len(experts._forward_pre_hooks) == 1  # others look at what runs
-        )
+        fused = runs_on(hidden.device) and _runs_espalier(experts)
         if not fused:
             experts.espalier_route = None
+            if only_map is not None and hidden.is_cpu and _runs_espalier(experts):
+                return hidden, only_map[inputs[1]], inputs[2]  # picks of one expert are joined where rows are sorted
             return hook(experts, inputs)
         mapped = route.expert_map
         if mapped is not None and mapped.device != hidden.device:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from espalier.kernels.expert_layout import OWN, ExpertLayout, own_inner
-from espalier.kernels.sorted_rows import few_numbers, pieces
+from espalier.kernels.sorted_rows import few_numbers, pieces, sort_rows
 
 TOGETHER = 512  # rows that are computed at once
 ALIGNED = 16  # bytes: of the rows of what grouped_mm multiplies
@@ -35,11 +35,8 @@ def forward(module: Any, layout: ExpertLayout, hidden: Tensor, indices: Tensor, 
     """
     names = "gate_up_proj" if layout.gated else "up_proj", "down_proj"
     dtype = module.down_proj.dtype
-    expert, order = indices.flatten().sort(stable=True)
-    counts = torch.bincount(expert, minlength=layout.experts)[: layout.experts].tolist()
-    order = order[: sum(counts)]
-    token = order // indices.shape[-1]
-    share = weights.flatten().index_select(0, order).float()[:, None]
+    counts, expert, token, weight = sort_rows(indices, weights, layout.experts)
+    share = weight.float()[:, None]
     x = hidden if hidden.dtype is dtype else hidden.to(dtype)  # autocast has other ideas of it
     output = torch.zeros(hidden.shape)
     parts = torch.empty(min(len(token), TOGETHER), hidden.shape[-1])  # one place for all: new memory costs page faults

@@ -19,6 +19,7 @@ STEPS = (
     (512, 64),
 )  # up to so many rows, numbers of rows lie so far apart
 
+Rows = tuple[list[int], Tensor, Tensor, Tensor]
 Product = Callable[[Tensor, int], Tensor]  # rows [R, D] and their expert -> what it makes of them, [R, D]
 Piece = tuple[int, int, int, int]  # the first expert and the one after the last, and their rows likewise
 
@@ -48,6 +49,33 @@ def pieces(counts: list[int], most: int = TOGETHER, split: bool = True) -> Itera
         first, start = last, stop
 
 
+def sort_rows(indices: Tensor, weights: Tensor, experts: int) -> Rows:
+    """Return how many rows each expert has, and for each row, by expert, then token: its expert, token and weight [R].
+
+    `indices` int [T, K] and `weights` [T, K] are a router's; an index >= experts means "no expert" and has no row. A
+    token's picks of one expert are one row, whose weight is their sum, in float32.
+    """
+    expert, order = indices.flatten().sort(stable=True)
+    counts = _counts(expert, experts)
+    live = sum(counts)
+    expert, order = expert[:live], order[:live]
+    token = order // indices.shape[-1]
+    weight = weights.flatten()[order]
+    again = (expert[1:] == expert[:-1]) & (token[1:] == token[:-1])  # the sort is stable: these are neighbours
+    if not again.any():
+        return counts, expert, token, weight
+    new = torch.cat([again.new_ones(1), ~again])
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = wide.new_zeros(int(new.sum())).index_add(0, new.cumsum(0) - 1, wide)
+    expert, token = expert[new], token[new]
+    return _counts(expert, experts), expert, token, weight
+
+
+def _counts(expert: Tensor, experts: int) -> list[int]:
+    counts: list[int] = torch.bincount(expert, minlength=experts)[:experts].tolist()
+    return counts
+
+
 def weighted_sum(
     run: Product, x: Tensor, indices: Tensor, weights: Tensor, experts: int, split: bool = False
 ) -> Tensor:
@@ -66,22 +94,14 @@ def weighted_sum(
         for number, part in shares.items():
             output.add_(run(x, number), alpha=part)
         return output
-    expert, order = indices.flatten().sort(stable=True)
-    live = int((expert < experts).sum())
-    expert, order = expert[:live], order[:live]
-    token = order // indices.shape[-1]
-    weight = weights.flatten()[order].to(wide)
-    again = (expert[1:] == expert[:-1]) & (token[1:] == token[:-1])  # the sort is stable: these are neighbours
-    if again.any():
-        new = torch.cat([again.new_ones(1), ~again])
-        weight = weight.new_zeros(int(new.sum())).index_add(0, new.cumsum(0) - 1, weight)
-        expert, token = expert[new], token[new]
-    distinct, counts = (found.tolist() for found in expert.unique_consecutive(return_counts=True))
+    counts, _, token, weight = sort_rows(indices, weights, experts)
     for first, last, start, stop in pieces(counts, split=split):
-        here, share = token[start:stop], weight[start:stop, None]
+        here, share = token[start:stop], weight[start:stop, None].to(wide)
+        if not len(here):
+            continue
         rows = x.index_select(0, here)
         parts = rows.split(counts[first:last]) if last > first + 1 else (rows,)
-        made = [run(part, number) for part, number in zip(parts, distinct[first:last], strict=True)]
+        made = [run(part, number) for number, part in enumerate(parts, first) if len(part)]
         joined = torch.cat(made) if len(made) > 1 else made[0]
         output.index_add_(0, here, joined.to(wide).mul_(share))
     return output
