@@ -36,7 +36,7 @@ KEY = "_espalier_packed"  # in a module's __dict__: its Packed
 # Elements of an expert's second weights from which on oneDNN gains more than its calls cost (measured).
 LEAST = {torch.float32: 1 << 17, torch.bfloat16: 1 << 17}
 # On Intel's processors plain products in float32 are MKL's at their best. Packed ones are up to 1.5 times as fast for 8
-# to 32 rows, but read weights for few rows at 0.75 to 1.05 of the speed, by where they happen to lie in memory (measured).
+# to 32 rows, but read weights for few rows at 0.75 to 1.05 of the speed, by where they lie in memory (measured).
 NEVER = 1 << 62
 LEAST_INTEL = {torch.float32: NEVER, torch.bfloat16: 1 << 17}
 # Elsewhere oneDNN reads packed weights a fifth faster for four rows than for one, two or three (measured, Zen 4).
