@@ -680,6 +680,9 @@ def depth() -> None:
         "all_keys_all_kept": Depth(**(THRESHOLD | {"threshold": 0.0}), cache="all"),
         "all_keys_top_k": Depth(**(vars(KINDS["top_k"]) | {"cache": "all"})),
     }
+    few = ("threshold_ffn", "all_keys")
+    more = (*few, "nothing_kept_ffn", "all_keys_top_k")
+    some = {"mixtral": few, "gemma2": few, "gemma": more, "phi": more}  # a gate or none, norms of their own
     ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -701,7 +704,7 @@ def depth() -> None:
         for family in ("mixtral", "gemma2", "gemma", "phi", "llama"):
             dense = family != "mixtral"  # whose MoE blocks stay torch's
             source = (save_dense if dense else save_tiny)(family, Path(folder) / family)
-            for kind in ("threshold_ffn", "all_keys") if family in ("mixtral", "gemma2") else kinds:
+            for kind in kinds if family == "llama" else some[family]:
                 out = Path(folder) / f"{family}-{kind}"
                 apply(source, depth_plan(kinds[kind], Checkpoint(source).any_shape()), out, prove=False)
                 model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
