@@ -10,14 +10,8 @@ from torch import Tensor
 
 # Rows of neighbouring experts that are gathered, and added, at once; what lies between two products stays in the cache.
 TOGETHER = 256
-STEPS = (
-    (4, 2),
-    (16, 4),
-    (64, 8),
-    (128, 16),
-    (256, 32),
-    (512, 64),
-)  # up to so many rows, numbers of rows lie so far apart
+# Up to so many rows, the numbers of rows that products are computed for lie so far apart.
+STEPS = ((4, 2), (16, 4), (64, 8), (128, 16), (256, 32), (512, 64))
 
 Rows = tuple[list[int], Tensor, Tensor, Tensor]
 Product = Callable[[Tensor, int], Tensor]  # rows [R, D] and their expert -> what it makes of them, [R, D]
