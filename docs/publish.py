@@ -28,11 +28,12 @@ def main(refs: Path, *overrides: str) -> None:
     document = json.loads((refs / "table.json").read_text())
     runs = document["runs"]
     commits = sorted({str(run["commit"])[:12] + (" (with changes)" if run["dirty"] else "") for run in runs})
+    devices = sorted({str(run["device"]) for run in runs})
     record = json.loads((refs / "table.json").resolve().with_suffix(".run.json").read_text())
     name = refs.name
     command = "make results" if name == README else " ".join(["espalier run", name, *overrides])
     made = (
-        f"Made by `{command}` at commit {', '.join(commits)} on {record['device']}, "
+        f"Made by `{command}` at commit {', '.join(commits)} on {' and '.join(devices)}, "
         f"{record['start'][:10]}; torch {record['versions']['torch']}, transformers "
         f"{record['versions']['transformers']}, lm-eval {record['versions']['lm_eval']}."
     )

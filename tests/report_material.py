@@ -54,7 +54,7 @@ def line(label: str, method: str, unique: float, worse: float, plans: Sequence[s
     task = {"kind": "perplexity", "metric": "perplexity", "items": 9} | bounds
     return {
         "label": label, "method": method, "ratio": None, "then": None, "seeds": [None], "plans": list(plans),
-        "calibration": "embedded (samples 16)" if plans else None, "commit": "c0ffee", "dirty": method == "hc_smoe",
+        "calibration": "embedded (samples 16)" if plans else None, "commits": ["c0ffee"], "dirty": method == "hc_smoe",
         "stored": unique, "unique": unique, "active": unique / 3, "tasks": {"perplexity_wiki": task},
         "perplexity": bounds | ratio,
         "accuracy": {"value": 0.7 - worse, "low": 0.6 - worse, "high": 0.8 - worse} | paired,

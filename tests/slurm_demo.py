@@ -35,7 +35,7 @@ OVERRIDES = [
     "sweep=[{method: none},{method: reap, method.ratio: 0.5},{method: naee_skip}]",
 ]
 # What the runs say of themselves: their commands, the seconds that plans took, the commit, which may change meanwhile.
-RECORDED = ("runs", "command", "plan_seconds", "commit", "dirty")
+RECORDED = ("runs", "command", "plan_seconds", "commit", "commits", "dirty")
 
 
 class Demo:

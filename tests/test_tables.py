@@ -16,6 +16,7 @@ from espalier.artefacts.store import Node, Store, read_json, run_record_path, wr
 from espalier.errors import UserError
 from espalier.scoring import intervals
 from espalier.scoring.samples import save_scores
+from espalier.tables.renderings import markdown
 from espalier.tables.table import load_table, make_table
 
 DOMAINS = {"perplexity_wiki": 30, "perplexity_code": 12}
@@ -144,7 +145,7 @@ class Made:
 
     def add(
         self, label: str, method: str = "none", ratio: float | None = None, seed: int | None = None, worse: float = 0.0,
-        dirty: bool = False, items: int | None = None,
+        dirty: bool = False, items: int | None = None, commit: str = "f" * 40,
     ) -> None:  # fmt: skip
         """Score one row; `worse` raises nll per token and the rate of wrong answers."""
         number = len(self.rows)
@@ -180,7 +181,7 @@ class Made:
         }
         self.samples.append(pd.concat(frames, ignore_index=True))
         save_scores(path, document, self.samples[-1])
-        record = {"format": "espalier.run/1", "commit": "f" * 40, "dirty": dirty, "versions": {"torch": "2"}}
+        record = {"format": "espalier.run/1", "commit": commit, "dirty": dirty, "versions": {"torch": "2"}}
         write_json(run_record_path(path), record)
         self.rows.append(
             {"label": label, "model": self.fetch.id, "method": method, "ratio": ratio, "then": None, "seed": seed,
@@ -214,6 +215,15 @@ def made(tmp_path: Path) -> Made:
     for seed in range(3):
         made.add("random 25 %", "random", 0.25, seed, worse=0.5 + 0.1 * seed)
     return made
+
+
+def test_the_commits_of_all_seeds_are_named(made: Made) -> None:
+    for seed, commit in ((3, "a" * 40), (4, "b" * 40)):
+        made.add("random 25 %", "random", 0.25, seed, worse=0.5, commit=commit)
+    table = made.table()
+    line = next(line for line in table.document["summary"] if line["label"] == "random 25 %")
+    assert line["commits"] == ["f" * 40, "a" * 40, "b" * 40]
+    assert f"Made at commit {'f' * 12}, {'a' * 12}, {'b' * 12}." in markdown(table.document)
 
 
 def test_tidy_has_a_row_a_seed_task_and_metric(made: Made) -> None:

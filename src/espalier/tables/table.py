@@ -195,7 +195,7 @@ def _summary(group: Sequence[Measured], base: Measured | None, beside: Beside | 
         "plans": [one.row["plan"] for one in group if one.row["plan"]],
         "calibration": _calibration(first.row["plan"], store),
         "plan_seconds": _plan_seconds(group, store),
-        "commit": first.commit,
+        "commits": list(dict.fromkeys(one.commit for one in group if one.commit)),
         "dirty": any(one.dirty for one in group),
         "tasks": tasks,
     }
