@@ -17,6 +17,7 @@ from espalier.kernels.expert_layout import OWN, ExpertLayout, own_inner
 from espalier.kernels.sorted_rows import few_numbers, pieces, sort_rows
 
 TOGETHER = 512  # rows that are computed at once
+FEW = 64  # picks: of up to so many, to find those of one expert takes longer than to compute them twice
 ALIGNED = 16  # bytes: of the rows of what grouped_mm multiplies
 DTYPES = (torch.float32, torch.bfloat16)
 COMPILED = torch.bfloat16  # whose products are compiled for each number of rows
@@ -35,7 +36,7 @@ def forward(module: Any, layout: ExpertLayout, hidden: Tensor, indices: Tensor, 
     """
     names = "gate_up_proj" if layout.gated else "up_proj", "down_proj"
     dtype = module.down_proj.dtype
-    counts, expert, token, weight = sort_rows(indices, weights, layout.experts)
+    counts, expert, token, weight = sort_rows(indices, weights, layout.experts, join=indices.numel() > FEW)
     share = weight.float()[:, None]
     x = hidden if hidden.dtype is dtype else hidden.to(dtype)  # autocast has other ideas of it
     output = torch.zeros(hidden.shape)
@@ -50,8 +51,9 @@ def forward(module: Any, layout: ExpertLayout, hidden: Tensor, indices: Tensor, 
         else:
             source = here
         rows = x.index_select(0, source)
-        made = _product(module, names[0], layout, slice(begin, end), rows, lengths)
-        made = _product(module, names[1], layout, slice(begin, end), _inner(module, layout, made), lengths)
+        ends = torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32)
+        made = _product(module, names[0], layout, slice(begin, end), rows, ends)
+        made = _product(module, names[1], layout, slice(begin, end), _inner(module, layout, made), ends)
         if layout.normed:
             made = module.post_expert_norm(made)
         made = made[: len(here)] if place is None else made.index_select(0, place)
@@ -76,14 +78,13 @@ def _spread(lengths: list[int], tokens: Tensor, expert: Tensor) -> tuple[list[in
     return longer, tokens.new_zeros(sum(longer)).index_copy_(0, place, tokens), place
 
 
-def _product(module: Any, name: str, layout: ExpertLayout, some: slice, rows: Tensor, lengths: list[int]) -> Tensor:
-    """Return the products of some experts' rows, `lengths` of each, with the stack of a name."""
+def _product(module: Any, name: str, layout: ExpertLayout, some: slice, rows: Tensor, ends: Tensor) -> Tensor:
+    """Return the products of some experts' rows, which end at `ends` int32 [E], with the stack of a name."""
     stack = getattr(module, name)[some]
-    ends = torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32)
     made = functional.grouped_mm(rows, stack if layout.transposed else stack.mT, offs=ends)
     if layout.biased:
         bias = getattr(module, f"{name}_bias")[some]
-        made += bias.repeat_interleave(torch.tensor(lengths), dim=0)
+        made += bias.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), dim=0)
     return made
 
 

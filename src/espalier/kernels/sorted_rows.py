@@ -43,18 +43,20 @@ def pieces(counts: list[int], most: int = TOGETHER, split: bool = True) -> Itera
         first, start = last, stop
 
 
-def sort_rows(indices: Tensor, weights: Tensor, experts: int) -> Rows:
+def sort_rows(indices: Tensor, weights: Tensor, experts: int, join: bool = True) -> Rows:
     """Return how many rows each expert has, and for each row, by expert, then token: its expert, token and weight [R].
 
     `indices` int [T, K] and `weights` [T, K] are a router's; an index >= experts means "no expert" and has no row. A
-    token's picks of one expert are one row, whose weight is their sum, in float32.
+    token's picks of one expert are one row, whose weight is their sum, in float32; without `join` each is a row.
     """
     expert, order = indices.flatten().sort(stable=True)
     counts = _counts(expert, experts)
     live = sum(counts)
     expert, order = expert[:live], order[:live]
     token = order // indices.shape[-1]
-    weight = weights.flatten()[order]
+    weight = weights.flatten().index_select(0, order)
+    if not join:
+        return counts, expert, token, weight
     again = (expert[1:] == expert[:-1]) & (token[1:] == token[:-1])  # the sort is stable: these are neighbours
     if not again.any():
         return counts, expert, token, weight
