@@ -228,9 +228,9 @@ def test_the_plain_loop_where_rows_are_not_aligned(hidden, width, monkeypatch):
         check(make("biased", hidden, width, dtype=dtype), *routes(70, hidden, dtype=dtype), packs=False)
 
 
-def test_few_numbers_of_rows_are_compiled():
+def test_bucket_of_rows_are_compiled():
     rows = range(grouped.TOGETHER + 1)
-    numbers = [sorted_rows.few_numbers(row) for row in rows]
+    numbers = [sorted_rows.bucket(row) for row in rows]
     assert len(set(numbers)) == 1 + 24
     assert numbers == sorted(numbers)
     assert numbers[-1] == grouped.TOGETHER

@@ -114,12 +114,13 @@ def _fused(hook: Callable[[Any, Routed], Routed], route: Route) -> Callable[[Any
     only_map = route.expert_map if route.skip == NO_SKIP else None
 
     def before(experts: Any, inputs: Routed) -> Routed:
-        hidden = inputs[0]
-        fused = runs_on(hidden.device) and _runs_espalier(experts)
-        if not fused:
-            experts.espalier_route = None
-            if only_map is not None and hidden.is_cpu and _runs_espalier(experts):
-                return hidden, only_map[inputs[1]], inputs[2]  # picks of one expert are joined where rows are sorted
+        hidden, indices, weights = inputs
+        experts.espalier_route = None
+        if not _runs_espalier(experts):
+            return hook(experts, inputs)
+        if not runs_on(hidden.device):
+            if only_map is not None and hidden.is_cpu:
+                return hidden, only_map[indices], weights  # picks of one expert are joined where rows are sorted
             return hook(experts, inputs)
         mapped = route.expert_map
         if mapped is not None and mapped.device != hidden.device:

@@ -76,6 +76,11 @@ class ExpertLayout:
         )
         return cls(1, hidden, width, gated, False, False, biased, False, **_activation(stand_in, gated, False))
 
+    @property
+    def stacks(self) -> tuple[str, str]:
+        """Names of the module's stacked weights."""
+        return "gate_up_proj" if self.gated else "up_proj", "down_proj"
+
     def inner(self, projected: Tensor) -> Tensor:
         """Return the inner activations [..., F] for what the first product gives, [..., 2F] or [..., F]."""
         if not self.gated:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from espalier.kernels.expert_layout import OWN, ExpertLayout, own_inner
-from espalier.kernels.sorted_rows import few_numbers, pieces, sort_rows
+from espalier.kernels.sorted_rows import bucket, pieces, sort_rows
 
 TOGETHER = 512  # rows that are computed at once
 FEW = 64  # picks: of up to so many, to find those of one expert takes longer than to compute them twice
@@ -34,7 +34,7 @@ def forward(module: Any, layout: ExpertLayout, hidden: Tensor, indices: Tensor, 
 
     An index >= E means "no expert". Sums are in float32.
     """
-    names = "gate_up_proj" if layout.gated else "up_proj", "down_proj"
+    first, second = layout.stacks
     dtype = module.down_proj.dtype
     counts, expert, token, weight = sort_rows(indices, weights, layout.experts, join=indices.numel() > FEW)
     share = weight.float()[:, None]
@@ -47,13 +47,13 @@ def forward(module: Any, layout: ExpertLayout, hidden: Tensor, indices: Tensor, 
             continue
         lengths = counts[begin:end] if end > begin + 1 else [len(here)]
         if dtype is COMPILED:
-            lengths, source, place = _spread(lengths, here, expert[start:stop] - begin)
+            lengths, source, place = _padded(lengths, here, expert[start:stop] - begin)
         else:
             source = here
         rows = x.index_select(0, source)
         ends = torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32)
-        made = _product(module, names[0], layout, slice(begin, end), rows, ends)
-        made = _product(module, names[1], layout, slice(begin, end), _inner(module, layout, made), ends)
+        made = _product(module, first, layout, slice(begin, end), rows, ends)
+        made = _product(module, second, layout, slice(begin, end), _inner(module, layout, made), ends)
         if layout.normed:
             made = module.post_expert_norm(made)
         made = made[: len(here)] if place is None else made.index_select(0, place)
@@ -61,13 +61,13 @@ def forward(module: Any, layout: ExpertLayout, hidden: Tensor, indices: Tensor, 
     return output.to(hidden.dtype)
 
 
-def _spread(lengths: list[int], tokens: Tensor, expert: Tensor) -> tuple[list[int], Tensor, Tensor | None]:
+def _padded(lengths: list[int], tokens: Tensor, expert: Tensor) -> tuple[list[int], Tensor, Tensor | None]:
     """Return lengths for which products are compiled, and the token of each of their rows.
 
     Third is where among them the rows of `tokens`, of experts `expert` from 0, lie; None: first. Rows between have some
     token, and nobody reads what they give.
     """
-    longer = [few_numbers(length) for length in lengths]
+    longer = [bucket(length) for length in lengths]
     if longer == lengths:
         return lengths, tokens, None
     if len(lengths) == 1:

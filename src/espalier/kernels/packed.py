@@ -29,18 +29,19 @@ from torch.nn import functional
 from espalier.errors import UserError
 from espalier.kernels import grouped
 from espalier.kernels.expert_layout import OWN, layout_of, own_inner
-from espalier.kernels.sorted_rows import few_numbers, weighted_sum
+from espalier.kernels.sorted_rows import bucket, weighted_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the plain loop
 KEY = "_espalier_packed"  # in a module's __dict__: its Packed
-# Elements of an expert's second weights from which on oneDNN gains more than its calls cost (measured).
-LEAST = {torch.float32: 1 << 17, torch.bfloat16: 1 << 17}
+PACKABLE = (torch.float32, torch.bfloat16)  # float16 takes CPUs on which its gain was not measured
+# Elements of an expert's second weights from which on oneDNN gains more than its calls cost (measured: fp32
+# on Zen 4, bf16 on an Intel Xeon with AMX).
+LEAST = 1 << 17
 # On Intel's processors plain products in float32 are MKL's at their best. Packed ones are up to 1.5 times as fast for 8
 # to 32 rows, but read weights for few rows at 0.75 to 1.05 of the speed, by where they lie in memory (measured).
 NEVER = 1 << 62
-LEAST_INTEL = {torch.float32: NEVER, torch.bfloat16: 1 << 17}
 # Elsewhere oneDNN reads packed weights a fifth faster for four rows than for one, two or three (measured, Zen 4).
-FAST_ROWS, FAST_ROWS_INTEL = 4, 1
+FAST_ROWS = 4
 _LOCK = threading.RLock()  # threads that serve one model meet at the first call
 
 
@@ -75,12 +76,14 @@ def forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Te
 
 def least(dtype: torch.dtype) -> int:
     """Return from how many elements of an expert's second weights on they are packed on this processor."""
-    return (LEAST_INTEL if _intel() else LEAST).get(dtype, 0)
+    if dtype not in PACKABLE:
+        return 0  # `unpackable` says why
+    return NEVER if dtype is torch.float32 and _intel() else LEAST
 
 
 def fast_rows() -> int:
     """Return for how many rows packed weights are multiplied at least."""
-    return FAST_ROWS_INTEL if _intel() else FAST_ROWS
+    return 1 if _intel() else FAST_ROWS
 
 
 @functools.cache
@@ -194,7 +197,7 @@ class Packed:
 
         def run(x: Tensor, expert: int) -> Tensor:
             rows = len(x)
-            more = max(few_numbers(rows), fast)
+            more = max(bucket(rows), fast)
             if more > rows:
                 x = functional.pad(x, (0, 0, 0, more - rows))
             bias = None if first_bias is None else first_bias[expert]
@@ -334,7 +337,7 @@ def _in_use(parameter: Any) -> bool:
 @functools.cache
 def unpackable(dtype: torch.dtype) -> str | None:
     """Return why this torch and this CPU cannot run packed weights of a dtype, or None: tries it."""
-    if dtype not in LEAST:  # float16 takes CPUs on which its gain was not measured
+    if dtype not in PACKABLE:
         return f"{_name(dtype)} weights are not packed"
     weight = torch.linspace(-1, 1, 15, dtype=dtype).view(3, 5)
     x = torch.linspace(1, 2, 10, dtype=dtype).view(2, 5)

@@ -113,7 +113,7 @@ def inner(experts: Experts, hidden: Tensor, found: RoutePlan, config: TileConfig
 def projected(experts: Experts, hidden: Tensor, found: RoutePlan, config: TileConfig) -> Tensor:
     """Return what the first product gives, [R at most, 2F] as the module stores it; without a gate [R at most, F]."""
     module = experts.own
-    name = "gate_up_proj" if experts.layout.gated else "up_proj"
+    name = experts.layout.stacks[0]
     weight = getattr(module, name)
     weight = weight.transpose(1, 2) if experts.layout.transposed else weight
     bias = getattr(module, f"{name}_bias") if experts.layout.biased else None

@@ -31,7 +31,7 @@ def differentiable(
 ) -> Tensor:
     """Return the block's output [T, D] as `ragged.run` does, with gradients for all that wants them."""
     layout = experts.layout
-    first = getattr(module, "gate_up_proj" if layout.gated else "up_proj")
+    first = getattr(module, layout.stacks[0])
     first_bias = getattr(module, "gate_up_proj_bias" if layout.gated else "up_proj_bias") if layout.biased else None
     down_bias = module.down_proj_bias if layout.biased else None
     down = module.down_proj.transpose(1, 2) if layout.transposed else module.down_proj  # [E, D, F]

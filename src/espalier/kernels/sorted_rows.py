@@ -1,4 +1,4 @@
-"""Tokens sorted by the experts that they run: which rows are computed at once, and their weighted sum.
+"""The rows of a MoE block on a CPU: tokens sorted by the experts that they run.
 
 Shapes: T tokens, K slots a token, R rows, E experts, D hidden.
 """
@@ -18,8 +18,8 @@ Product = Callable[[Tensor, int], Tensor]  # rows [R, D] and their expert -> wha
 Piece = tuple[int, int, int, int]  # the first expert and the one after the last, and their rows likewise
 
 
-def few_numbers(rows: int) -> int:
-    """Return the least number >= rows (0 to 512) of the 24 that products are computed for: half more at most, or 3.
+def bucket(rows: int) -> int:
+    """Return the bucket of a number of rows from 0 to 512, the least of 24 that holds them: half more at most, or 3.
 
     oneDNN compiles a product for each number of rows, which takes as long as the product itself for 50 rows. How many
     rows an expert gets changes with every call.

@@ -318,7 +318,7 @@ def _made(table: Document) -> list[str]:
     lines = []
     for text, labels in by_text.items():
         lines.append(f"Calibration{'' if len(by_text) == 1 else f' of {_listed(labels)}'}: {text}.")
-    commits = list(dict.fromkeys(commit[:12] for line in table["summary"] for commit in line["commits"]))
+    commits = list(dict.fromkeys(str(run["commit"])[:12] for run in table["runs"] if run.get("commit")))
     if commits:
         lines.append(f"Made at commit {', '.join(commits)}.")
     if any(line["dirty"] for line in table["summary"]):
