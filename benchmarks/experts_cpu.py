@@ -10,7 +10,7 @@ that an expert gets for the first time. Times are CPU time of this thread, so th
 implementations alike. Printed is a Markdown table: the median milliseconds of each, and the speed-up of `grouped_mm`
 and of `espalier` over `eager`: the median over rounds of the ratio within a round, with the ratios that 20 and 80 % of
 the rounds stay below. `possible` is eager's time over the floor: what the products of the rows take at the best rate
-that a large product has here, or what the chosen experts' weights take to be read, whichever is more.
+that a large product has here, or what the chosen experts' weights and the tokens take to be moved, whichever is more (espalier.kernels.traffic).
 
 First the outputs are compared with each other, and those of 64 tokens with a computation in float64; nothing is timed
 when one differs by more than rounding. How much packed weights gain depends on the CPU, so that the table names it.
@@ -30,10 +30,12 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from espalier.kernels import packed, register
+from espalier.kernels.chooser import Work
+from espalier.kernels.traffic import Floor
+from espalier.timing.kernel_clock import Clock
 
 NAMES = ("eager", "grouped_mm", "espalier")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest output
-SIZES = {"float32": 4, "bfloat16": 2}  # bytes
 OF_ALL = 8  # inputs that all implementations are given in turn
 Inputs = tuple[Tensor, Tensor, Tensor]
 Spent = dict[str, list[float]]
@@ -95,29 +97,11 @@ def measure(modules: dict[str, Any], draw_one: Callable[[int], Inputs], seconds:
     return spent
 
 
-def machine(dtype: torch.dtype) -> tuple[float, float]:
-    """Return the FLOP/s of a large product and the bytes/s of reading, the best of some."""
-    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    big = torch.zeros(64_000_000)
-    return 2 * 2048**3 / fastest(lambda: a @ b), big.numel() * 4 / fastest(big.sum)
-
-
-def fastest(call: Callable[[], Any]) -> float:
-    """Return the seconds of the fastest of six calls."""
-    spent = []
-    for _ in range(6):
-        start = time.thread_time()
-        call()
-        spent.append(time.thread_time() - start)
-    return min(spent)
-
-
-def floor(options: argparse.Namespace, inputs: list[Inputs], size: int, rates: tuple[float, float]) -> float:
-    """Return the least seconds of a call, the mean over inputs; `size` is a weight's bytes."""
-    weights = 3 * options.hidden * options.width
-    rows = inputs[0][1].numel()
-    distinct = statistics.fmean(len(indices.unique()) for _, indices, _ in inputs)
-    return max(2 * rows * weights / rates[0], distinct * weights * size / rates[1])
+def floor(options: argparse.Namespace, inputs: list[Inputs], dtype: str, rates: dict[str, float]) -> float:
+    """Return the least seconds of a call, the mean over inputs."""
+    works = [indices.flatten().bincount(minlength=options.experts).tolist() for _, indices, _ in inputs]
+    floors = [Floor.of(Work(options.hidden, options.width, tuple(rows)), len(inputs[0][0]), dtype) for rows in works]
+    return statistics.fmean(one.seconds(rates["flops"], rates["bandwidth"]) for one in floors)
 
 
 def speed_up(eager: list[float], other: list[float]) -> tuple[float, float, float]:
@@ -158,10 +142,10 @@ def main() -> None:
     print("espalier over eager | possible |\n|---:|---|---:|---:|---:|---:|---:|---:|")
     for dtype in options.dtypes:
         modules = {name: experts(options, getattr(torch, dtype), name) for name in NAMES}
-        rates = machine(getattr(torch, dtype))
+        rates = Clock("cpu", threads=1).machine(getattr(torch, dtype))
         for tokens in options.tokens:
             draw_one = functools.partial(draw, options, tokens, getattr(torch, dtype))
-            least = floor(options, [draw_one(number) for number in range(OF_ALL)], SIZES[dtype], rates)
+            least = floor(options, [draw_one(number) for number in range(OF_ALL)], dtype, rates)
             check(modules, draw_one(0), dtype)
             spent = measure(modules, draw_one, options.seconds, options.new)
             times = " | ".join(f"{1e3 * statistics.median(spent[name]):.2f}" for name in NAMES)
@@ -170,7 +154,7 @@ def main() -> None:
             )
             possible = statistics.median(spent["eager"]) / least
             print(f"| {tokens} | {dtype} | {times} | {ratios} | {possible:.2f} |", flush=True)
-        print(f"\n{dtype}: {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s\n", flush=True)
+        print(f"\n{dtype}: {rates['flops'] / 1e9:.0f} GFLOP/s, {rates['bandwidth'] / 1e9:.1f} GB/s\n", flush=True)
 
 
 if __name__ == "__main__":
