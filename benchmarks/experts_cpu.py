@@ -10,7 +10,8 @@ that an expert gets for the first time. Times are CPU time of this thread, so th
 implementations alike. Printed is a Markdown table: the median milliseconds of each, and the speed-up of `grouped_mm`
 and of `espalier` over `eager`: the median over rounds of the ratio within a round, with the ratios that 20 and 80 % of
 the rounds stay below. `possible` is eager's time over the floor: what the products of the rows take at the best rate
-that a large product has here, or what the chosen experts' weights and the tokens take to be moved, whichever is more (espalier.kernels.traffic).
+that a large product has here, or what the chosen experts' weights and the tokens take to be moved, whichever is more
+(espalier.kernels.traffic).
 
 First the outputs are compared with each other, and those of 64 tokens with a computation in float64; nothing is timed
 when one differs by more than rounding. How much packed weights gain depends on the CPU, so that the table names it.
