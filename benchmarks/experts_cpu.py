@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from espalier.kernels import packed, register
+from espalier.kernels import cpu_experts, register
 from espalier.kernels.chooser import Work
 from espalier.kernels.traffic import Floor
 from espalier.timing.kernel_clock import Clock
@@ -70,7 +70,7 @@ def draw(options: argparse.Namespace, tokens: int, dtype: torch.dtype, seed: int
 def check(modules: dict[str, Any], inputs: Inputs, dtype: str) -> None:
     """SystemExit unless all implementations compute the same, but for rounding."""
     few = [x[:64] for x in inputs]
-    expected = packed.reference(modules["eager"], *few)
+    expected = cpu_experts.reference(modules["eager"], *few)
     whole = modules["eager"](*inputs)
     for name, module in modules.items():
         found = module(*inputs)

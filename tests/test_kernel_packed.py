@@ -16,7 +16,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from espalier import kernels
 from espalier.errors import UserError
-from espalier.kernels import expert_layout, experts, grouped, packed, register, sorted_rows
+from espalier.kernels import cpu_experts, expert_layout, experts, grouped, packed, register, sorted_rows
 from espalier.models import runtime
 from example_plans import examples
 from tiny import FAMILIES
@@ -92,7 +92,7 @@ def is_packed(model):
 
 
 def check(module, hidden, indices, weights, packs=True):
-    expected = packed.reference(module, hidden, indices, weights)
+    expected = cpu_experts.reference(module, hidden, indices, weights)
     with torch.inference_mode():
         found = module(hidden, indices, weights)
         assert all(is_packed(module)) == packs
@@ -451,7 +451,7 @@ def test_new_weights_count_and_lost_changes_are_told():
     module._parameters["down_proj"] = nn.Parameter(torch.randn(8, 32, 24))  # as streaming does
     with torch.inference_mode():
         found = module(*given)
-    torch.testing.assert_close(found.double(), packed.reference(module, *given), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.double(), cpu_experts.reference(module, *given), rtol=1e-4, atol=1e-4)
     check(module, *given)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -500,7 +500,7 @@ def test_weights_come_back_though_something_holds_on_to_them():
     module, given = make(), routes(30)
     check(module, *given)
     reference = weakref.ref(module._parameters["down_proj"])
-    expected = packed.reference(module, *given)
+    expected = cpu_experts.reference(module, *given)
     with torch.inference_mode():
         torch.testing.assert_close(module(*given).double(), expected, rtol=0, atol=1e-4)
     assert not module.down_proj.is_meta

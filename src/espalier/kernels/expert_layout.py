@@ -122,6 +122,11 @@ def own_inner(module: Any, projected: Tensor) -> Tensor:
     return found
 
 
+def inference_inner(module: Any, layout: ExpertLayout, projected: Tensor) -> Tensor:
+    """Return the inner activations [R, F] of a module's first product [R, 2F] or [R, F]; without gradients."""
+    return own_inner(module, projected) if layout.activation == OWN else layout.inner_in_place(projected)
+
+
 def _activation(module: Any, gated: bool, interleaved: bool) -> dict[str, Any]:
     """Return the fields of an activation that computes what the module's own does, or OWN."""
     limits, alphas = _numbers(module, "limit", "swiglu_limit"), _numbers(module, "alpha", "swiglu_alpha")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from espalier.kernels import jit, packed
+from espalier.kernels import cpu_experts, jit, packed
 from espalier.kernels.expert_layout import layout_of
 
 NAME = "espalier"
@@ -47,9 +47,9 @@ def experts_forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tenso
 
 
 def _on_cpu(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    reason = packed.unsupported(module)
+    reason = cpu_experts.unsupported(module)
     if reason is None:
-        return packed.forward(module, hidden, indices, weights)
+        return cpu_experts.forward(module, hidden, indices, weights)
     packed.warn_once(module, reason, "the module's own loop")
     output: Tensor = type(module).forward.__wrapped__(module, hidden, indices, weights)
     return output

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from espalier.kernels.expert_layout import OWN, ExpertLayout, own_inner
+from espalier.kernels.expert_layout import ExpertLayout, inference_inner
 from espalier.kernels.sorted_rows import bucket, pieces, sort_rows
 
 TOGETHER = 512  # rows that are computed at once
@@ -53,7 +53,8 @@ def forward(module: Any, layout: ExpertLayout, hidden: Tensor, indices: Tensor, 
         rows = x.index_select(0, source)
         ends = torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32)
         made = _product(module, first, layout, slice(begin, end), rows, ends)
-        made = _product(module, second, layout, slice(begin, end), _inner(module, layout, made), ends)
+        inner = inference_inner(module, layout, made)
+        made = _product(module, second, layout, slice(begin, end), inner.contiguous(), ends)
         if layout.normed:
             made = module.post_expert_norm(made)
         made = made[: len(here)] if place is None else made.index_select(0, place)
@@ -86,10 +87,3 @@ def _product(module: Any, name: str, layout: ExpertLayout, some: slice, rows: Te
         bias = getattr(module, f"{name}_bias")[some]
         made += bias.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), dim=0)
     return made
-
-
-def _inner(module: Any, layout: ExpertLayout, projected: Tensor) -> Tensor:
-    """Return the inner activations [R, F], whose rows lie one after another."""
-    if layout.activation == OWN:
-        return own_inner(module, projected).contiguous()
-    return layout.inner_in_place(projected)

@@ -1,4 +1,4 @@
-"""A MoE block's experts on a CPU: tokens sorted by expert, and weights that oneDNN has laid out for its own products.
+"""Weights of a MoE block's experts that oneDNN has laid out for its own products on a CPU.
 
 The first call in inference packs a module's stacked weights and drops the originals, so that memory does not double:
 the module's parameters are then on the meta device, and its class is a subclass whose every use of them (another
@@ -6,14 +6,10 @@ implementation, gradients, `state_dict`, `to`, a copy) first restores them, bit 
 packs again. What writes into a parameter that it got from `model.parameters()` must call `unpack` before: it would
 write into nothing, which raises at the next call, but for writes through `.data`, which torch does not count.
 
-Experts too small to gain by it run as grouped products. Where weights cannot be packed, and where gradients are needed,
-the same sorted loop runs with plain products.
-
-Shapes: T tokens, K slots a token, R rows, E experts, D hidden, F expert width.
+Shapes: R rows, E experts, D hidden, F expert width.
 """
 
 import contextlib
-import copy
 import functools
 import platform
 import threading
@@ -27,11 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from espalier.errors import UserError
-from espalier.kernels import grouped
-from espalier.kernels.expert_layout import OWN, layout_of, own_inner
+from espalier.kernels.expert_layout import inference_inner, layout_of
 from espalier.kernels.sorted_rows import bucket, weighted_sum
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the plain loop
 KEY = "_espalier_packed"  # in a module's __dict__: its Packed
 PACKABLE = (torch.float32, torch.bfloat16)  # float16 takes CPUs on which its gain was not measured
 # Elements of an expert's second weights from which on oneDNN gains more than its calls cost (measured: fp32
@@ -43,35 +37,6 @@ NEVER = 1 << 62
 # Elsewhere oneDNN reads packed weights a fifth faster for four rows than for one, two or three (measured, Zen 4).
 FAST_ROWS = 4
 _LOCK = threading.RLock()  # threads that serve one model meet at the first call
-
-
-def unsupported(module: Any) -> str | None:
-    """Return why `forward` cannot run the module, or None."""
-    if KEY in module.__dict__ or module.down_proj.dtype in DTYPES:
-        return None
-    return f"weights are {_name(module.down_proj.dtype)}"
-
-
-def forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Return the experts' weighted sum [T, D] for hidden [T, D], indices [T, K] and weights [T, K].
-
-    An index >= E means "no expert". A token may name an expert twice. Sums are in float32 at least. UserError when the
-    weights hold no data, or were changed while they were packed.
-    """
-    if module.training or _differentiates(module, hidden, weights):
-        return plain(module, hidden, indices, weights)
-    packed: Packed | None = module.__dict__.get(KEY)
-    if packed is None or not packed.current(module):
-        packed = _pack(module)
-    if packed is not None:
-        return packed.run(module, hidden, indices, weights)
-    if len(hidden) > 1 and indices.numel() <= grouped.TOGETHER * module.num_experts:
-        dtype, size = module.down_proj.dtype, module.down_proj.shape[1:].numel()
-        if size < least(dtype) and not module.down_proj.is_meta:
-            layout = layout_of(module)
-            if not grouped.unsupported(layout, dtype):
-                return grouped.forward(module, layout, hidden, indices, weights)
-    return plain(module, hidden, indices, weights)
 
 
 def least(dtype: torch.dtype) -> int:
@@ -94,56 +59,10 @@ def _intel() -> bool:
     return "Intel" in platform.processor()
 
 
-def plain(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Do what `forward` does with the stacked weights as they are; has gradients."""
-    _restore(module)
-    first, second = (getattr(module, name) for name in _stacks(module))
-    if second.is_meta:
-        raise UserError(
-            f"{type(module).__name__}: its weights hold no data (meta device): they were never loaded, or a module "
-            "that shares them has packed them. Load them, or call espalier.kernels.packed.unpack(model) and set "
-            "another experts implementation."
-        )
-    first_bias, second_bias = (getattr(module, f"{name}_bias") if module.has_bias else None for name in _stacks(module))
-
-    def product(x: Tensor, stack: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-        weight = stack[expert].t() if module.is_transposed else stack[expert]
-        return functional.linear(x, weight, None if bias is None else bias[expert])
-
-    def run(x: Tensor, expert: int) -> Tensor:
-        inner = own_inner(module, product(x, first, first_bias, expert))
-        x = product(inner, second, second_bias, expert)
-        if _normed(module):
-            x = module.post_expert_norm(x)
-        return x
-
-    return weighted_sum(run, hidden.to(first.dtype), indices, weights, len(second)).to(hidden.dtype)
-
-
 def unpack(model: nn.Module) -> None:
     """Give every packed experts module of the model its stacked weights back, bit for bit."""
     for module in model.modules():
-        _restore(module)
-
-
-@torch.no_grad()
-def reference(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Return what `forward` does as float64 [T, D]: one token and one slot at a time."""
-    first, second = (getattr(module, name).double() for name in _stacks(module))
-    first_bias, second_bias = (
-        getattr(module, f"{name}_bias").double() if module.has_bias else [0.0] * len(second) for name in _stacks(module)
-    )
-    if module.is_transposed:
-        first, second = first.mT, second.mT
-    norm = copy.deepcopy(module.post_expert_norm).double() if _normed(module) else nn.Identity()
-    output = torch.zeros_like(hidden, dtype=torch.float64)
-    for token, slots in enumerate(indices.tolist()):
-        for slot, expert in enumerate(slots):
-            if expert < len(second):
-                inner = own_inner(module, (first[expert] @ hidden[token].double() + first_bias[expert])[None])[0]
-                result = second[expert] @ inner + second_bias[expert]
-                output[token] += weights[token, slot].double() * norm(result)
-    return output
+        restore(module)
 
 
 def warn_once(module: Any, reason: str, instead: str) -> None:
@@ -166,7 +85,7 @@ class Packed:
         self.weights: dict[str, list[Tensor]] = {}  # of each stack, one an expert
         self.seen: dict[str, tuple[nn.Parameter, int]] = {}  # the parameters without data, and their versions
         self.product: Any = torch.ops.mkldnn._linear_pointwise.default
-        self.first, self.second = _stacks(module)
+        self.first, self.second = self.layout.stacks
 
     def current(self, module: Any) -> bool:
         """Whether the module's weights still are the packed ones. UserError when a change to them was lost."""
@@ -182,8 +101,7 @@ class Packed:
 
     def inner(self, module: Any, projected: Tensor) -> Tensor:
         """Return the inner activations [R, F] of the first product, [R, 2F] or [R, F]."""
-        own = self.layout.activation == OWN
-        return own_inner(module, projected) if own else self.layout.inner_in_place(projected)
+        return inference_inner(module, self.layout, projected)
 
     def run(self, module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Return what `forward` does."""
@@ -216,27 +134,27 @@ class PackedModule:
     """What a module's class has before its own while its weights are packed: every use of them restores them."""
 
     def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _restore(self)._apply(*args, **kwargs)
+        return restore(self)._apply(*args, **kwargs)
 
     def _save_to_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _restore(self)._save_to_state_dict(*args, **kwargs)
+        return restore(self)._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _restore(self)._load_from_state_dict(*args, **kwargs)
+        return restore(self)._load_from_state_dict(*args, **kwargs)
 
     def register_parameter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _restore(self).register_parameter(*args, **kwargs)
+        return restore(self).register_parameter(*args, **kwargs)
 
     def train(self: Any, mode: bool = True) -> Any:
-        return _restore(self).train(mode) if mode else super().train(mode)  # type: ignore[misc]
+        return restore(self).train(mode) if mode else super().train(mode)  # type: ignore[misc]
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return _restore(self).__reduce_ex__(protocol)
+        return restore(self).__reduce_ex__(protocol)
 
 
 def _use(name: str) -> property:
     def weights(self: Any) -> Any:
-        return getattr(_restore(self), name)
+        return getattr(restore(self), name)
 
     return property(weights)
 
@@ -249,7 +167,7 @@ def _packed_class(stock: type, stacks: tuple[str, ...]) -> type:
     return type(stock.__name__, (PackedModule, stock), names | uses)
 
 
-def _pack(module: Any) -> Packed | None:
+def pack(module: Any) -> Packed | None:
     """Pack the module's weights, one stack at a time; None where that cannot be, or gains nothing."""
     if KEY not in module.__dict__ and module.down_proj.shape[1:].numel() < least(module.down_proj.dtype):
         return None
@@ -257,7 +175,7 @@ def _pack(module: Any) -> Packed | None:
         packed: Packed | None = module.__dict__.get(KEY)
         if packed is not None and packed.current(module):
             return packed  # by another thread, just now
-        _restore(module)
+        restore(module)
         if _obstacle(module):
             return None
         packed = Packed(module)
@@ -273,12 +191,12 @@ def _pack(module: Any) -> Packed | None:
                 _exchange(parameter, torch.empty_like(parameter, device="meta"))
                 packed.seen[name] = parameter, parameter._version
         except BaseException:
-            _restore(module)
+            restore(module)
             raise
         return packed
 
 
-def _restore(module: Any) -> Any:
+def restore(module: Any) -> Any:
     """Return the module, with its class and its stacked weights given back if they were packed."""
     if KEY not in module.__dict__:
         return module
@@ -311,7 +229,7 @@ def _exchange(parameter: nn.Parameter, data: Tensor) -> None:
 
 def _obstacle(module: Any) -> bool:
     """Whether the module's weights cannot be packed; warns of what will not change by itself."""
-    stacks = [module._parameters.get(name) for name in _stacks(module)]
+    stacks = [module._parameters.get(name) for name in layout_of(module).stacks]
     reason = None
     if any(type(stack) is not nn.Parameter for stack in stacks):
         reason = "its weights are not plain parameters"
@@ -354,20 +272,3 @@ def unpackable(dtype: torch.dtype) -> str | None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _stacks(module: Any) -> tuple[str, str]:
-    """Return the names of the module's stacked weights."""
-    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
-
-
-def _normed(module: Any) -> bool:
-    """Whether a norm follows the second product, as some modules say."""
-    return bool(getattr(module, "has_post_expert_norm", False))
-
-
-def _differentiates(module: nn.Module, hidden: Tensor, weights: Tensor) -> bool:
-    """Whether the output will have gradients."""
-    return torch.is_grad_enabled() and (
-        hidden.requires_grad or weights.requires_grad or any(p.requires_grad for p in module.parameters())
-    )
