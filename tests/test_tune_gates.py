@@ -109,8 +109,10 @@ def test_the_budget_is_met(target, mask, split, tmp_path):
     given = None if mask is None else torch.tensor(mask)
     with count_neurons(model, Checkpoint(tmp_path / "out").dense_family) as counter, torch.no_grad():
         model(input_ids=torch.tensor(IDS).long(), attention_mask=given)
-    assert np.mean(list(counter.means().values())) / WIDTH == pytest.approx(target, abs=0.01)
+    share = np.mean(list(counter.means().values())) / WIDTH
+    assert share == pytest.approx(target, abs=0.01)
     assert record["threshold"] == facts["threshold"]
+    assert record["threshold_share"] == facts["threshold_share"] == pytest.approx(share, abs=1e-6)
     assert all(0 < row["measured"]["active"] <= 1 for row in record["curve"])
 
 

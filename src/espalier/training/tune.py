@@ -75,7 +75,7 @@ def tune(
     names = tuned_names(source, dtype, tuning)
     training = _training(tuning, text.ids.shape[1])
     log = log or (lambda values, step: None)
-    threshold: float | None = None
+    threshold: tuple[float, float] | None = None
     digest = hashlib.sha256(np.ascontiguousarray(text.ids).tobytes())
     digest.update(b"" if text.mask is None else np.ascontiguousarray(text.mask).tobytes())
     identity: dict[str, Any] = {
@@ -116,8 +116,9 @@ def tune(
     record |= {"node": node, "tensors": sorted(names.values()), "curve": curve, "parameters": facts["parameters"]}
     config = None
     if threshold is not None:
-        facts["threshold"] = record["threshold"] = threshold
-        config = _with_threshold(checkpoint.config, threshold, depth=bool(tuning.load))
+        found = dict(zip(("threshold", "threshold_share"), threshold, strict=True))
+        facts, record = facts | found, record | found
+        config = _with_threshold(checkpoint.config, threshold[0], depth=bool(tuning.load))
     named = {names[name]: tensor for name, tensor in tensors.items()}
     workers = running.apply_workers
     section = _section(tuning, training, text, facts, node)
@@ -151,8 +152,11 @@ def _end_to_end(
     state: Path,
     identity: dict[str, Any],
     log: Log,
-) -> tuple[Trained, float | None]:
-    """Train through the whole model: objectives lm and distill; with a target also return the gates' threshold."""
+) -> tuple[Trained, tuple[float, float] | None]:
+    """Train through the whole model: objectives lm and distill.
+
+    With a target also return the gates' threshold, and the share of neurons or tokens that it lets through.
+    """
     where = f"conf/tuning/{tuning.name}.yaml: objective={tuning.objective}"
     if running.streams(Checkpoint(source), dtype):
         raise UserError(

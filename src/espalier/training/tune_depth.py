@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from espalier.errors import UserError
 from espalier.models.depth_count import depth_routers
+from espalier.training.threshold import find_threshold
 
 TERMS = ("product", "excess")
-TOLERANCE, ROUNDS = 0.002, 12  # of the share of tokens that enter, and passes to find the threshold
 
 
 class DepthGates:
@@ -77,23 +77,33 @@ class DepthGates:
         return float(torch.stack([_real(r.kept, mask).float().mean() for r in self.routers.values()]).mean())
 
     @torch.no_grad()
-    def set_threshold(self, model: Any, batches: Sequence[tuple[Tensor, Tensor | None]], target: float) -> float:
-        """Set one threshold for all layers at which the share `target` of tokens enters, and return it.
+    def set_threshold(
+        self, model: Any, batches: Sequence[tuple[Tensor, Tensor | None]], target: float
+    ) -> tuple[float, float]:
+        """Set one threshold for all layers at which the share `target` of tokens enters.
 
-        What a gate sees depends on what earlier layers skip, so that the passes are repeated with the threshold that
-        the gates of the last pass ask for. `batches`: ids and mask [B, L].
+        Returns it and the share that entered. `batches`: ids and mask [B, L].
         """
-        tau = float(self.gated[0].threshold)
+        gates = torch.empty(0)
+
+        def observe(tau: float) -> float:
+            nonlocal gates
+            self._set(tau)
+            gates, share = self._observe(model, batches)
+            return share
+
+        def propose(target: float) -> float:
+            return float(gates.sort(descending=True).values[min(len(gates) - 1, round(target * len(gates)))])
+
         for router in self.gated:
             router.straight_through = False
-        for _ in range(ROUNDS):
-            gates, share = self._observe(model, batches)
-            if abs(share - target) <= TOLERANCE:
-                break
-            tau = float(gates.sort(descending=True).values[min(len(gates) - 1, round(target * len(gates)))])
-            for router in self.gated:
-                router.threshold = tau
-        return tau
+        tau, share = find_threshold(observe, propose, float(self.gated[0].threshold), target)
+        self._set(tau)
+        return tau, share
+
+    def _set(self, tau: float) -> None:
+        for router in self.gated:
+            router.threshold = tau
 
     def _observe(self, model: Any, batches: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, float]:
         """Return all gates of all layers [n], and the share of tokens that entered."""

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from espalier.dense_families import DenseFamily
 from espalier.errors import UserError
+from espalier.training.threshold import find_threshold
 from espalier.training.train import Step
 
 FACTOR = 1.2  # per step (ReMoE, arXiv 2412.14711)
 RANGE = 1e6  # at most so many times the first coefficient, or as small a part of it
-TOLERANCE, ROUNDS = 0.002, 12  # of the fraction of neurons that run, and passes to find the threshold
 
 
 class Gates:
@@ -51,21 +51,28 @@ class Gates:
         return rows if mask is None else rows[mask.flatten().bool()]
 
     @torch.no_grad()
-    def set_threshold(self, model: Any, batches: Sequence[tuple[Tensor, Tensor | None]], target: float) -> float:
-        """Set one threshold for all layers at which tokens run the fraction `target` of neurons, and return it.
+    def set_threshold(
+        self, model: Any, batches: Sequence[tuple[Tensor, Tensor | None]], target: float
+    ) -> tuple[float, float]:
+        """Set one threshold for all layers at which tokens run the fraction `target` of neurons.
 
-        What a layer's gates see depends on what earlier layers run, so that the passes are repeated with the threshold
-        that the gates of the last pass ask for. `batches`: ids and mask [B, L].
+        Returns it and the fraction that ran. `batches`: ids and mask [B, L].
         """
-        tau = float(self.ffns[0].router.threshold)
-        for _ in range(ROUNDS):
-            scores, found = self._observe(model, batches)
-            if abs(found - target) <= TOLERANCE:
-                break
-            tau = self._wanted(scores, target)
-            for ffn in self.ffns:
-                ffn.router.threshold = tau
-        return tau
+        scores: list[Tensor] = []
+
+        def observe(tau: float) -> float:
+            self._set(tau)
+            scores[:], found = self._observe(model, batches)
+            return found
+
+        first = float(self.ffns[0].router.threshold)
+        tau, found = find_threshold(observe, lambda target: self._wanted(scores, target), first, target)
+        self._set(tau)
+        return tau, found
+
+    def _set(self, tau: float) -> None:
+        for ffn in self.ffns:
+            ffn.router.threshold = tau
 
     def _observe(self, model: Any, batches: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[list[Tensor], float]:
         """Return sigmoids of all scores [T, U] by layer, and the fraction of neurons that ran."""
