@@ -67,11 +67,13 @@ def test_what_cannot_be_met_ends_with_the_best_that_was_seen():
     assert always[1] == 0.6
 
 
-def test_a_share_that_rises_with_the_threshold_somewhere_does_not_end_the_search():
+@pytest.mark.parametrize("start", [0.0, 0.3, 0.45, 0.52, 0.6, 1.0])
+def test_a_share_that_rises_with_the_threshold_somewhere_does_not_end_the_search(start):
+    taus = []
+
     def waves(tau):
+        taus.append(tau)
         return 1 - tau + 0.3 * np.sin(40 * tau) * (tau * (1 - tau))
 
-    for start in (0.0, 0.3, 0.45, 0.52, 0.6, 1.0):
-        taus = []
-        tau, share = find_threshold(lambda tau: taus.append(tau) or waves(tau), lambda target: taus[-1], start, 0.5)
-        assert share == waves(tau) == pytest.approx(0.5, abs=TOLERANCE)
+    tau, share = find_threshold(waves, lambda target: taus[-1], start, 0.5)
+    assert share == waves(tau) == pytest.approx(0.5, abs=TOLERANCE)
