@@ -25,7 +25,7 @@ from espalier.costs.parameters import Count, Layer
 from espalier.costs.sizes import Sizes
 from espalier.errors import UserError
 from espalier.families import family_of
-from espalier.machine import heap
+from espalier.machine import heap, processor
 from espalier.machine.hardware import Hardware
 from espalier.models import observe
 from espalier.models.running import Running
@@ -488,6 +488,34 @@ def test_a_machine_that_is_too_small_is_told(capsys):
     )
     forecast_text.render_model("mixtral_8x7b", machine, Running.of(), 262144, 2048)
     assert "too large" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("listed", "slow"),
+    [
+        ("processor : 0\nflags\t\t: fpu sse2 avx2 fma\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512bw\n", False),
+        ("flags\t\t: fpu avx2 avx_ne_convert\n", False),
+        ("Features\t: fp asimd\n", True),
+        ("Features\t: fp asimd bf16\n", False),
+        ("", False),
+    ],
+)
+def test_an_experiment_in_a_dtype_that_the_processor_has_no_products_for_is_told(tmp_path, monkeypatch, listed, slow):
+    (tmp_path / "cpuinfo").write_text(listed)
+    assert processor.lacks_bfloat16(tmp_path / "cpuinfo") == slow
+    assert not processor.lacks_bfloat16(tmp_path / "none")
+    monkeypatch.setattr(processor, "lacks_bfloat16", lambda: slow)
+    experiment(tmp_path, monkeypatch, "method: none")
+    here = replace(HARDWARE, name="here", flops=1e12, gpu_memory=None)
+
+    def said(*overrides, hardware=here):
+        return forecast.forecast("mine", [*overrides], tmp_path / "results", hardware).slow
+
+    assert bool(said("model.dtype=bfloat16")) == slow
+    assert not said("model.dtype=float32")
+    assert not said("model.dtype=bfloat16", hardware=replace(here, name="elsewhere"))
+    assert not said("model.dtype=bfloat16", hardware=replace(here, gpu_memory=8e10, gpu_flops=1e15))
 
 
 def test_kimi_k2_is_estimated_by_its_own_name_and_told_what_to_change_elsewhere(tmp_path):

@@ -13,6 +13,7 @@ from typing import Literal
 from espalier import conf
 from espalier.artefacts.provenance import device_name, git_state
 from espalier.errors import UserError
+from espalier.machine import processor
 
 State = Literal["ok", "note", "missing"]
 RUN = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "snakemake")
@@ -118,23 +119,15 @@ def _torch() -> list[Finding]:
             findings.append(Finding(f"GPU {n}", f"{torch.cuda.get_device_name(n)}, {memory}"))
         findings.append(Finding("bfloat16", "yes" if torch.cuda.is_bf16_supported() else "emulated: use float16 or 32"))
     else:
-        flags = _cpu_flags()
-        fast = sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+        fast, slow = sorted(processor.flags() & processor.BFLOAT16), processor.lacks_bfloat16()
         findings.append(Finding("device", device_name()))
-        found = f"in hardware ({', '.join(fast)})" if fast else "works, but slower than float32 on this processor"
+        found = f"in hardware ({', '.join(fast)})" if fast else "works, but no faster than float32 on this processor"
+        found = "works, but several times as slow as float32 on this processor" if slow else found
         findings.append(Finding("bfloat16", found, "ok" if fast else "note"))
     findings.append(
         Finding("threads", f"{torch.get_num_threads()} for torch, {len(os.sched_getaffinity(0))} processors")
     )
     return findings
-
-
-def _cpu_flags() -> set[str]:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return set(line.split(":", 1)[1].split())
-    return set()
 
 
 def _machine(results: Path) -> list[Finding]:

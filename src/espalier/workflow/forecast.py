@@ -10,6 +10,7 @@ from espalier.costs.estimate import Cost
 from espalier.machine.hardware import Hardware
 from espalier.workflow.graph import expand, save
 from espalier.workflow.reckon import Reckoner
+from espalier.workflow.slow_dtype import slow_dtype
 
 ORDER = (
     "fetch",
@@ -41,12 +42,16 @@ class StageForecast:
 
 @dataclass
 class Forecast:
-    """An experiment's stages in the order they run, the table's configuration, and what could not be known."""
+    """An experiment's stages in the order they run, the table's configuration, and what could not be known.
+
+    `slow`: what to say of a dtype that this machine has no products for, or None.
+    """
 
     experiment: str
     stages: dict[str, StageForecast]
     table: dict[str, Any]
     unknown: list[str]
+    slow: str | None = None
 
     @property
     def total(self) -> Cost:
@@ -109,4 +114,4 @@ def forecast(experiment: str, overrides: list[str], results: Path, hardware: Har
             row.seconds += cost.seconds(hardware)
     table = next(node.config for node in expanded.nodes if node.stage == "table")
     made = {name: row for name, row in stages.items() if row.jobs}
-    return Forecast(experiment, made, table, sorted(reckoner.unknown))
+    return Forecast(experiment, made, table, sorted(reckoner.unknown), slow_dtype(expanded, hardware))

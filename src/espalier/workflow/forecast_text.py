@@ -30,6 +30,8 @@ def render(forecast: Forecast, hardware: Hardware) -> None:
     console.print(_terms(hardware), highlight=False)
     for row in forecast.stages.values():
         _warn(console, row.stage, row.cost, hardware)
+    if forecast.slow:
+        console.print(forecast.slow, highlight=False)
     for line in forecast.unknown:
         console.print(f"not counted: {line}", highlight=False)
 

@@ -44,7 +44,9 @@ def run(
     """
     from espalier import tracking as service
     from espalier.artefacts.store import Store
+    from espalier.machine.hardware import HERE, Hardware
     from espalier.workflow.graph import expand
+    from espalier.workflow.slow_dtype import slow_dtype
 
     overrides = [*overrides, f"tracking={tracking}"] if tracking else list(overrides)
     root = project()
@@ -64,6 +66,9 @@ def run(
     if dry:
         return _call([*command, "--dry-run", "--config", *config])
     service.check(expanded.run["tracking"])
+    slow = None if slurm else slow_dtype(expanded, Hardware.load(HERE))
+    if slow:
+        print(f"espalier: {slow}", file=sys.stderr)
     with run_lock(results, experiment) as descriptor:
         if slurm:
             cancel_orphans(results)
