@@ -176,10 +176,10 @@ def test_killed_and_edited_runs_end_with_the_same_table(project):
     rows = table(project, "clean").splitlines()
     assert len(rows) > 3
 
-    # The same with checkpoints in scratch, killed with all of its jobs at random moments, twice.
+    # The same with checkpoints in scratch, killed with all of its jobs at random moments, three times.
     draw, scratch, kills = random.Random(0), project / "scratch", 0
     options = ("runtime.checkpoints=temporary", f"runtime.scratch={scratch}")
-    for _ in range(2):
+    for _ in range(3):
         run = start(project, "results", *options)
         try:
             run.wait(draw.uniform(0.05, 0.3) * seconds)
@@ -187,7 +187,7 @@ def test_killed_and_edited_runs_end_with_the_same_table(project):
             os.killpg(run.pid, signal.SIGKILL)
             kills += 1
         run.wait()
-    assert kills
+    assert kills >= 2
     done = {path: path.stat().st_mtime_ns for path in (project / "results/plans").glob("*.json")}
     run = start(project, "results", *options)
     finish(run, project)

@@ -9,13 +9,10 @@ write into nothing, which raises at the next call, but for writes through `.data
 Shapes: R rows, E experts, D hidden, F expert width.
 """
 
-import contextlib
 import functools
-import platform
 import threading
 import warnings
 import weakref
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +22,7 @@ from torch.nn import functional
 from espalier.errors import UserError
 from espalier.kernels.expert_layout import inference_inner, layout_of
 from espalier.kernels.sorted_rows import bucket, weighted_sum
+from espalier.machine.processor import is_intel
 
 KEY = "_espalier_packed"  # in a module's __dict__: its Packed
 PACKABLE = (torch.float32, torch.bfloat16)  # float16 takes CPUs on which its gain was not measured
@@ -44,20 +42,12 @@ def least(dtype: torch.dtype) -> int:
     """Return from how many elements of an expert's second weights on they are packed on this processor."""
     if dtype not in PACKABLE:
         return 0  # `unpackable` says why
-    return NEVER if dtype is torch.float32 and (_intel() or _narrow()) else LEAST
+    return NEVER if dtype is torch.float32 and (is_intel() or _narrow()) else LEAST
 
 
 def fast_rows() -> int:
     """Return for how many rows packed weights are multiplied at least."""
-    return 1 if _intel() else FAST_ROWS
-
-
-@functools.cache
-def _intel() -> bool:
-    """Whether the processor is one of Intel's, as far as the system says."""
-    with contextlib.suppress(OSError):
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    return "Intel" in platform.processor()
+    return 1 if is_intel() else FAST_ROWS
 
 
 def _narrow() -> bool:

@@ -12,6 +12,6 @@ def slow_dtype(experiment: Experiment, hardware: Hardware) -> str | None:
     if not any(node.config.get("dtype") == "bfloat16" for node in experiment.nodes):
         return None
     return (
-        "This processor has no products in bfloat16, in which the experiment computes: they take about eight times as "
-        "long as in float32. Add model.dtype=float32."
+        "This processor has no products in bfloat16, in which the experiment computes: they take six to nine times "
+        "as long as in float32. Add model.dtype=float32."
     )
