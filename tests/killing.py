@@ -21,7 +21,12 @@ def run(target, *arguments, kill_after=None):
     waiting, started = context().Pipe(duplex=False)
     child = context().Process(target=_told, args=(started, target, arguments))
     child.start()
-    waiting.recv()
+    started.close()  # the child's is the only one left: if it dies first, this does not wait for ever
+    try:
+        waiting.recv()
+    except EOFError:
+        child.join()
+        raise AssertionError(f"the child ended with {child.exitcode} before its first line") from None
     begun = time.monotonic()
     child.join(kill_after)
     if child.exitcode is None:

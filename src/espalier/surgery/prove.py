@@ -34,23 +34,24 @@ TOLERANCE = 1e-4
 # Where so small a relative change of a router's input changes a token's experts, rounding decides: the token and the
 # rest of its sequence are left out. Tried a few times: each draw changes only half of the choices that hang on it.
 NUDGE, DRAWS = 1e-5, 8
+# What a change as large as rounding, of every layer's input, does to a token's logits says how far two right models may
+# differ there: an FFN in which large terms cancel makes them differ 100 times as much as elsewhere.
+ROUNDING, REPEATS = 3e-7, 3
 
 
 def prove(source: Path, out: Path, plan: Plan, streamed: bool = False) -> dict[str, Any]:
     """Compare the logits of the checkpoint `out` with those of `source` changed in memory by `plan`.
 
     `streamed`: one decoder layer of each at a time, for models that do not fit. Returns `max_abs_diff`,
-    `max_abs_logit`, `tolerance` (relative), `tokens` compared, `streamed`, or `error`: what is wrong.
+    `max_abs_logit`, `tolerance` (relative), `tokens` compared, `streamed`, or `error`: what is wrong. Tokens whose
+    logits rounding alone moves that far are left out, unless they are more than half of all.
     """
     checkpoint = Checkpoint(source)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, int(checkpoint.config["vocab_size"]), (ROWS, LENGTH), generator=generator)
     run = _run_streamed if streamed else _run
-    if checkpoint.is_dense:
-        expected, choices, before = _planned_dense(checkpoint, plan, ids, streamed)
-    else:
-        planned = _planned_streamed if streamed else _planned
-        expected, choices, before = planned(checkpoint, plan, ids)
+    planned = _planned_dense if checkpoint.is_dense else _planned
+    expected, choices, before = planned(checkpoint, plan, ids, streamed)
     decided = torch.ones(ROWS, LENGTH).bool()
     if choices:  # a token's logits hang on its own choices and on those of the tokens before it
         decided = torch.stack(choices).all(dim=0).reshape(ROWS, LENGTH).long().cumprod(dim=1).bool()
@@ -65,6 +66,12 @@ def prove(source: Path, out: Path, plan: Plan, streamed: bool = False) -> dict[s
     difference = (found - expected).abs().amax(dim=2)
     largest = float(expected.abs().max())
     compared = difference[decided] if decided.any() else difference.flatten()
+    if not compared.max() <= TOLERANCE * largest:
+        nudged, _, _ = planned(checkpoint, plan, ids.repeat(REPEATS, 1), streamed, nudge=True)
+        moved = (nudged.reshape(REPEATS, *expected.shape) - expected).abs().amax(dim=(0, 3))
+        steady = decided & (moved <= TOLERANCE * largest / 2)
+        if steady.sum() * 2 >= decided.sum() > 0:
+            compared = difference[steady]
     worst = float(compared.max())
     report: dict[str, Any] = {
         "max_abs_diff": worst,
@@ -78,49 +85,51 @@ def prove(source: Path, out: Path, plan: Plan, streamed: bool = False) -> dict[s
     return report
 
 
-def _planned(checkpoint: Checkpoint, plan: Plan, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], Loading]:
-    """Return the source's logits under the live plan, its routers' choices and what it reported when it was loaded."""
-    # The weights are merged and rounded in the checkpoint's own dtype, then both compute in fp32.
-    model, loading = load_with_info(checkpoint.directory)
-    model = live(model, without_depth(plan)[0], checkpoint.family).float()
-    depths = [
-        depth
-        for layer, module in enumerate(decoder(model).layers)
-        for depth in _live_depth(checkpoint, plan, layer, module)
-    ]
-    choices = _watch_choices(model, checkpoint.family)
-    logits = _logits(model, ids)
-    return logits, choices + [torch.tensor(depth.decided) for depth in depths], loading
-
-
-def _planned_streamed(
-    checkpoint: Checkpoint, plan: Plan, ids: torch.Tensor
+def _planned(
+    checkpoint: Checkpoint, plan: Plan, ids: torch.Tensor, streamed: bool, nudge: bool = False
 ) -> tuple[torch.Tensor, list[torch.Tensor], Loading]:
+    """Return the source's logits under the live plan, its routers' choices and what it reported when it was loaded.
+
+    With `nudge` every layer's input is changed by as much as rounding changes it.
+    """
     source, family = checkpoint.directory, checkpoint.family
-    stored = skeleton(source).dtype
-    renormalise = family.renormalise(checkpoint.config)
     rest = without_depth(plan)[0]
     depths: list[LiveDepth] = []
+    if streamed:
+        stored = skeleton(source).dtype
+        renormalise = family.renormalise(checkpoint.config)
 
-    def change(layer: int, module: Any) -> None:
-        if layer in rest.layers:
-            block = getattr(module, family.module)
-            attention = getattr(module, "self_attn", None)
-            change_block(block, rest.layers[layer], family, renormalise, plan.tensors, attention)
-            for parameter in block.experts.parameters(recurse=False):
-                parameter.data = parameter.data.to(stored).float()
-        depths.extend(_live_depth(checkpoint, plan, layer, module))
+        def change(layer: int, module: Any) -> None:
+            if layer in rest.layers:
+                block = getattr(module, family.module)
+                attention = getattr(module, "self_attn", None)
+                change_block(block, rest.layers[layer], family, renormalise, plan.tensors, attention)
+                for parameter in block.experts.parameters(recurse=False):
+                    parameter.data = parameter.data.to(stored).float()
+            depths.extend(_live_depth(checkpoint, plan, layer, module))
+            if nudge:
+                _nudge_input(module, layer)
 
-    model = StreamedModel(source, torch.float32, prefetch=False, prepare=change)
-    choices = _watch_choices(model.model, family)
-    logits, loading = _stream(model, ids)
+        stream = StreamedModel(source, torch.float32, prefetch=False, prepare=change)
+        choices = _watch_choices(stream.model, family)
+        logits, loading = _stream(stream, ids)
+    else:
+        # The weights are merged and rounded in the checkpoint's own dtype, then both compute in fp32.
+        model, loading = load_with_info(source)
+        model = live(model, rest, family).float()
+        for layer, module in enumerate(decoder(model).layers):
+            depths.extend(_live_depth(checkpoint, plan, layer, module))
+            if nudge:
+                _nudge_input(module, layer)
+        choices = _watch_choices(model, family)
+        logits = _logits(model, ids)
     return logits, choices + [torch.tensor(depth.decided) for depth in depths], loading
 
 
 def _planned_dense(
-    checkpoint: Checkpoint, plan: Plan, ids: torch.Tensor, streamed: bool
+    checkpoint: Checkpoint, plan: Plan, ids: torch.Tensor, streamed: bool, nudge: bool = False
 ) -> tuple[torch.Tensor, list[torch.Tensor], Loading]:
-    """Return what the others do for a dense model, with what its tokens run instead of its routers' choices."""
+    """Return what `_planned` does for a dense model, with what its tokens run instead of its routers' choices."""
     source, family = checkpoint.directory, checkpoint.dense_family
     rest = without_depth(plan)[0]
     split_before = "layers" in checkpoint.config.get("espalier", {})
@@ -134,6 +143,8 @@ def _planned_dense(
         elif operations:
             getattr(module, family.module).router.threshold = operations[-1].value  # type: ignore[union-attr]
         lives.extend(_live_depth(checkpoint, plan, layer, module))
+        if nudge:
+            _nudge_input(module, layer)
 
     if streamed:
         logits, loading = _stream(StreamedModel(source, torch.float32, prefetch=False, prepare=change), ids)
@@ -143,6 +154,19 @@ def _planned_dense(
             change(layer, module)
         logits = _logits(loaded.float(), ids)
     return logits, [torch.tensor(live.decided) for live in lives], loading
+
+
+def _nudge_input(module: Any, layer: int) -> None:
+    """Change what goes into a decoder layer by as much as rounding does, in each sequence differently."""
+    generator = torch.Generator().manual_seed(layer)
+    stock: Any = type(module)
+
+    def forward(itself: Any, hidden_states: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        noise = torch.randn(hidden_states.shape, generator=generator) * ROUNDING
+        return stock.forward(itself, hidden_states * (1 + noise), *args, **settings)
+
+    # Not a hook: one that is run a layer at a time is not called, but asked for its class's forward.
+    module.__class__ = type(stock.__name__, (stock,), {"forward": forward})
 
 
 def _live_depth(checkpoint: Checkpoint, plan: Plan, layer: int, module: Any) -> list[LiveDepth]:
