@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from espalier.tables.passes import sentence
+from espalier.tables import budgets, passes
 from espalier.workflow.scale import FULL
 
 Document = Mapping[str, Any]
@@ -304,7 +304,9 @@ def legend(table: Document, paired: bool = True) -> list[str]:
             "the FLOPs of the prefill, and the weights that a decoded token reads, over the uncompressed model's."
         )
     if table.get("passes"):
-        lines.append(sentence(table["passes"]))
+        lines.append(passes.sentence(table["passes"]))
+    if table.get("missed_budgets"):
+        lines.append(budgets.sentence(table["missed_budgets"]))
     lines += _made(table)
     return lines
 

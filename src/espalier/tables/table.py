@@ -14,6 +14,7 @@ from espalier.artefacts.store import Store, atomic_file, read_json, run_record_p
 from espalier.scoring import intervals
 from espalier.tables import pairs, renderings
 from espalier.tables.beside import Beside
+from espalier.tables.budgets import missed
 from espalier.tables.measured import (
     Measured,
     accuracy_difference,
@@ -112,6 +113,7 @@ def make_table(config: Document, store: Store) -> Table:
         "tidy": _records(tidy),
         "runs": _runs(measured),
         "passes": passes(config["rows"], store),
+        "missed_budgets": missed(config["rows"], store),
     }  # fmt: skip
     return Table(tidy, summary, _finite(document))
 

@@ -67,7 +67,9 @@ def tune(
     models compute in. `state` is a folder for an interrupted call: the same call goes on from it, on a processor to the
     same bytes; the caller removes it when the result is safe. `log` hears named numbers of each step.
 
-    Returns `parameters` (tuned), `steps`, `loss` (first and last tenth of the curve) and what `write_tuned` does.
+    Returns `parameters` (tuned), `steps`, `loss` (first and last tenth of the curve) and what `write_tuned` does; with
+    a target also the `threshold` set in the end, the share that it lets through (`threshold_share`), and the share that
+    ran in the last tenth of the steps (`trained_share`).
     UserError for a model without routers, one that does not fit into memory (lm, distill), tokens that are too few, a
     teacher for other tokens; InterruptedWork after a signal, with the state saved.
     """
@@ -117,6 +119,8 @@ def tune(
     config = None
     if threshold is not None:
         found = dict(zip(("threshold", "threshold_share"), threshold, strict=True))
+        shares = [step.measured["active"] for step in curves[-1][-tenth:]]
+        found["trained_share"] = sum(shares) / len(shares)
         facts, record = facts | found, record | found
         config = _with_threshold(checkpoint.config, threshold[0], depth=bool(tuning.load))
     named = {names[name]: tensor for name, tensor in tensors.items()}
