@@ -336,6 +336,15 @@ def test_compressed_models_are_timed_on_request(tmp_path, monkeypatch):
     assert stages(others[1]) == stages(timed)
     assert {n.id for n in others[1].nodes if n.stage == "task"} == {n.id for n in timed.nodes if n.stage == "task"}
     assert {node.id for node in plain.nodes if node.stage == "task"} <= {node.id for node in timed.nodes}
+    # Of rows that differ in seeds only, as many as are asked for, the first ones; their timings are the same ones.
+    seeds = ["{method: reap, method.ratio: [0.25, 0.5], calibration.seed: [7, 8, 9]}"]
+    store = project(tmp_path, monkeypatch, ["method: none", *seeds])
+    every, two = (graph.expand("mine", ["speed=one_thread", *more], store) for more in ([], ["speed.seeds=2"]))
+    first = [node.id for node in every.nodes if node.stage == "speed"]
+    assert len(first) == 6
+    assert [node.id for node in two.nodes if node.stage == "speed"] == [first[n] for n in (0, 1, 3, 4)]
+    with pytest.raises(UserError, match="seeds=0, expected a whole number >= 1"):
+        graph.expand("mine", ["speed=one_thread", "speed.seeds=0"], store)
     with pytest.raises(UserError, match="rounds=1, expected a whole number >= 2"):
         graph.expand("mine", ["speed=one_thread", "speed.rounds=1"], store)
 

@@ -506,7 +506,9 @@ def test_divergences_neurons_and_times_stand_in_the_table(made: Made, tmp_path: 
     assert reap["decode"]["value"] == pytest.approx(math.sqrt(0.5 * 0.7))
     assert drawn["prefill"]["value"] == pytest.approx(math.exp(np.mean(np.log(times[1:]))))
     assert "decode" not in full
+    assert (reap["timed"], drawn["timed"]) == (1, len(drawn["seeds"]))
     table.write(tmp_path / "t")
+    assert "keys and values counted" not in (tmp_path / "t.md").read_text()
     lines = (tmp_path / "t.md").read_text().splitlines()
     header, _, first, second = (line.split("|")[1:-1] for line in lines[2:6])
     cells = dict(zip([name.strip() for name in header], [cell.strip() for cell in second], strict=True))
@@ -515,6 +517,23 @@ def test_divergences_neurons_and_times_stand_in_the_table(made: Made, tmp_path: 
     assert cells["decode × [95 %] (ideal)"].endswith("(0.40)")
     assert dict(zip([n.strip() for n in header], [c.strip() for c in first], strict=True))["FFN %"] == "100.0"
     assert "KL wiki" in "\n".join(lines)
+
+
+def test_a_line_may_be_timed_in_some_of_its_seeds(made: Made, tmp_path: Path) -> None:
+    """Its times are those of the seeds that have some, and the legend says of how many they are."""
+    drawn = [row for row in made.rows if row["label"] == made.rows[-1]["label"]]
+    assert len(drawn) == 3
+    node = Node("speed", {}, (drawn[0]["weights"],))
+    made.store.write_node(node)
+    phase = {"ratios": [0.5, 0.5], "ideal": 0.4}
+    path = made.store.path(made.store.read_node(node.id))
+    write_json(path, {"format": "espalier.speed/1", "prefill": phase, "decode": phase})
+    drawn[0]["speed"] = node.id
+    table = made.table()
+    assert table.summary[-1]["timed"] == 1
+    assert table.summary[-1]["prefill"]["value"] == pytest.approx(0.5)
+    table.write(tmp_path / "t")
+    assert "Timed, keys and values counted: 1 of 3 seeds." in (tmp_path / "t.md").read_text()
 
 
 def test_tables_import_no_torch() -> None:

@@ -302,6 +302,7 @@ def legend(table: Document, paired: bool = True) -> list[str]:
         lines.append(
             "prefill ×, decode ×: time of one sequence over the uncompressed model's, in turns in one process; ideal: "
             "the FLOPs of the prefill, and the weights that a decoded token reads, over the uncompressed model's."
+            f"{_timed_seeds(table['summary'])}"
         )
     if table.get("passes"):
         lines.append(passes.sentence(table["passes"]))
@@ -309,6 +310,15 @@ def legend(table: Document, paired: bool = True) -> list[str]:
         lines.append(budgets.sentence(table["missed_budgets"]))
     lines += _made(table)
     return lines
+
+
+def _timed_seeds(summary: Sequence[Document]) -> str:
+    """Say of how many seeds times are, where some seeds of a line have none."""
+    counts = [(line["timed"], len(line["seeds"])) for line in summary if "timed" in line]
+    fewer = sorted({count for count in counts if count[0] < count[1]})
+    if not fewer:
+        return ""
+    return f" Timed, keys and values counted: {' or '.join(f'{some} of {all_} seeds' for some, all_ in fewer)}."
 
 
 def _made(table: Document) -> list[str]:

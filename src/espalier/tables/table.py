@@ -212,6 +212,8 @@ def _summary(group: Sequence[Measured], base: Measured | None, beside: Beside | 
         value, low, high = intervals.mean_ratio([found[phase]["ratios"] for found in timed])
         ideal = float(np.mean([found[phase]["ideal"] for found in timed]))
         line[phase] = {"value": value, "low": low, "high": high, "ideal": ideal}
+    if timed:
+        line["timed"] = len(timed)
     if timed and "entered" in line:
         line["cache"] = float(np.mean([found["cache"]["model"] / found["cache"]["original"] for found in timed]))
     return line | _means(group, base, beside)

@@ -14,7 +14,8 @@ class Timing:
     """How a checkpoint is timed against the uncompressed model: `rounds` of a `prompt` and `new` tokens, one sequence.
 
     `domain` is the embedded text that is read; `threads` those of a processor; `dtype` that of the weights, None the
-    one that the model is scored in. UserError for a number or a dtype that cannot be.
+    one that the model is scored in; `seeds` how many seeds of a line are timed, the first ones, None all. UserError
+    for a number or a dtype that cannot be.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Timing:
     threads: int = 1
     domain: str = "wiki"
     dtype: str | None = None
+    seeds: int | None = None
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Timing:
@@ -35,8 +37,10 @@ class Timing:
             if key not in known:
                 raise UserError(f"{where}: unknown key {key!r}; {nearest(key, known)}.")
         timing = cls(**config)
-        for key, least in (("prompt", 1), ("new", 1), ("rounds", 2), ("threads", 1)):
+        for key, least in (("prompt", 1), ("new", 1), ("rounds", 2), ("threads", 1), ("seeds", 1)):
             value = getattr(timing, key)
+            if key == "seeds" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{where}: {key}={value!r}, expected a whole number >= {least}.")
         if timing.dtype is not None and timing.dtype not in DTYPE_BYTES:
