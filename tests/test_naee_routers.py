@@ -13,6 +13,7 @@ from espalier.errors import UserError
 from espalier.families import family_of
 from espalier.methods.naee import Naee
 from espalier.methods.rerouting import Routing, needs_correction, router_of
+from espalier.methods.subset_loss import BlockLoss
 from espalier.models.experts import ExpertWeights
 from espalier.models.runtime import change_block, load, moe_blocks
 from espalier.plans.operations import Keep
@@ -137,6 +138,26 @@ def test_the_search_finds_the_best_of_all_really_pruned_blocks(family_name, loss
         if search == "branch_and_bound":
             assert losses[keep.experts] == pytest.approx(least, **close)
             assert other.evidence[layer]["optimal"]
+
+
+@pytest.mark.parametrize(
+    ("family_name", "changes"),
+    [("mixtral", {"experts": 16}), ("qwen2_moe", {"experts": 60, "top_k": 4}), ("llama4_text", {"experts": 16})],
+)
+def test_among_equal_logits_in_bf16_a_token_chose_what_the_model_ran(family_name, changes, tiny_model):
+    directory, shape, family = make(family_name, tiny_model, dtype="bfloat16", **changes)
+    model = load(directory, torch.bfloat16)
+    for block in moe_blocks(model, family).values():
+        getattr(block, family.router_module).weight.data.mul_(0.35)  # logits of deviation 1: more are equal
+    ids = torch.randint(3, VOCABULARY, (8, 128), generator=torch.Generator().manual_seed(1))
+    stats = collect(model, shape, family, ids, None, ["residual_gram", "inputs"])
+    for layer in shape.layers:
+        arrays = stats.layer("residual_gram", layer)
+        ordered = -np.sort(-arrays["logits"], axis=1)
+        assert (ordered[:, shape.top_k - 1] == ordered[:, shape.top_k]).any()
+        block = BlockLoss(arrays, np.zeros(1024, int), rule(shape, directory, layer))
+        ran = np.sort(stats.layer("inputs", layer)["experts"], axis=1)
+        np.testing.assert_array_equal(np.sort(block.chosen, axis=1), ran)
 
 
 def test_a_router_that_does_not_do_what_the_shape_says_is_refused(tiny_model):

@@ -207,6 +207,37 @@ def test_groups_lose_equally_many_and_the_best_of_those_is_found():
         Naee(0.375).check(shape, 50)
 
 
+def test_of_equal_logits_those_count_that_the_model_took():
+    """Of six tokens the first three have equal logits at the K-th place; z says which of the experts ran."""
+    outputs = np.random.default_rng(0).normal(size=(6, 4, 5))
+    logits = np.array([[0, 1, 1, 2], [1, 1, 1, 2], [1, 1, 1, 0], [0, 1, 2, 3], [3, 0, 1, 2], [3, 2, 0, 1]], np.float32)
+    ran = [(3, 2), (3, 1), (1, 2), (3, 2), (0, 3), (0, 1)]
+
+    def run(t, chosen):
+        w = np.exp(logits[t, list(chosen)].astype(float))
+        return (w / w.sum()) @ outputs[t, list(chosen)]
+
+    z = np.array([run(t, chosen) for t, chosen in enumerate(ran)])
+    residual, upper = outputs - z[:, None], np.triu_indices(4)
+    arrays = {
+        "gram": np.einsum("tad,tbd->tab", residual, residual)[:, upper[0], upper[1]].astype(np.float32),
+        "cross": np.einsum("tad,td->ta", residual, z).astype(np.float32),
+        "norm": (z**2).sum(axis=1).astype(np.float32),
+        "logits": logits,
+    }
+    loss = BlockLoss(arrays, np.zeros(6, int), Router("softmax", 2, True))
+    assert [set(chosen) for chosen in loss.chosen.tolist()] == [set(chosen) for chosen in ran]
+    without = {
+        0: [(3, 2), (3, 1), (1, 2), (3, 2), (3, 2), (1, 3)],
+        2: [(3, 1), (3, 1), (1, 0), (3, 1), (0, 3), (0, 1)],
+    }
+    for expert, left in without.items():
+        expected = [((run(t, chosen) - z[t]) ** 2).sum() for t, chosen in enumerate(left)]
+        found = loss.error(~mask([expert], 4))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        assert not found[[set(new) == set(old) for new, old in zip(left, ran, strict=True)]].any()
+
+
 def test_the_sample_of_tokens_is_bounded_by_bytes_and_known_beforehand():
     """The probe and the estimate agree; 2^29 bytes a layer hold 4,017 tokens of 256 experts."""
     for experts, tokens in product((16, 64, 128, 256, 512), (100, 4017, 20_000, 262_144)):

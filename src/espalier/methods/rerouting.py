@@ -6,8 +6,10 @@ scores (a softmax runs over the experts that are left) nor, with groups, which g
 Shapes: T tokens, E experts, K chosen.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ Ints = NDArray[np.int64]
 
 CORRECTED = ("sigmoid with a correction bias", "softmax with a correction bias")
 SCORES = {"sigmoid with a correction bias": "sigmoid", "sparsemixer": "sparsemixer"}
+MOST_TIES = 256  # choices of one token that are looked at where scores are equal
 INPUT_SCALED = "sigmoid of the largest logit on the experts' input"  # the weight is inside the output: it counts as 1
 
 
@@ -125,6 +128,27 @@ class Routing:
         weights = np.take_along_axis(scores, chosen, axis=1)
         return chosen, weights * router.factor
 
+    def ties(self) -> Iterator[tuple[int, Ints]]:
+        """Yield the tokens whose K-th place several experts share, and all that they may have chosen [n, K].
+
+        Logits in bf16 are often equal, and which of the experts a model then takes lies with its top-k. Of routers
+        that are `fixed` and rank by scores alone; of one token at most MOST_TIES choices.
+        """
+        k = self.router.top_k
+        if not self.router.fixed or self.router.scores == "sparsemixer" or k >= self.experts:
+            return
+        last, following = np.take_along_axis(self._choice, self.order[:, k - 1 : k + 1], axis=1).T
+        for row in np.flatnonzero(last == following).tolist():
+            above = np.flatnonzero(self._choice[row] > last[row])
+            equal = np.flatnonzero(self._choice[row] == last[row])
+            choices = list(islice(combinations(equal.tolist(), k - len(above)), MOST_TIES))
+            yield row, np.array([[*above, *some] for some in choices])
+
+    def settle(self, row: int, chosen: Ints) -> None:
+        """Let the experts `chosen` [K] come before others of the same score in the order of one token."""
+        others = ~np.isin(np.arange(self.experts), chosen)
+        self.order[row] = np.lexsort((others, -self._choice[row]))
+
     def _corrected(self, scores: Floats) -> Floats:
         return scores if self.router.correction is None else scores + self.router.correction
 
@@ -137,6 +161,12 @@ class Routing:
             found = found / found.sum(axis=1, keepdims=True)
         weights: Floats = found * self.router.factor
         return weights
+
+    def whole_weights(self, rows: Array, chosen: Ints) -> Floats:
+        """Return the weights [n, K] of the experts `chosen` when all are there, for scores of softmax or sigmoid."""
+        if self.router.local:
+            return self.local_weights(rows, chosen)
+        return np.take_along_axis(_softmax(self.scores[rows]), chosen, axis=1) * self.router.factor
 
     def next(self, rows: Array, there: Array) -> Ints:
         """Return the expert that a token takes when it loses one of its own, [n], for a `fixed` router; -1: none."""

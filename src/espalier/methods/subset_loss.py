@@ -45,8 +45,8 @@ class BlockLoss:
     stay too. With `weight_sum` float [T] in `arrays` (what the model's weights add up to) z need not be this block's
     own output on these inputs; then no token adds 0 of itself.
 
-    The router's constant factor is found from the arrays. UserError when the rule does not give the block's own
-    output back, with every expert there.
+    The router's constant factor is found from the arrays. Where experts share a token's K-th place, the token chose
+    those that give the block's own output back. UserError when the rule does not give it back, with every expert there.
     """
 
     def __init__(self, arrays: Mapping[str, Array], chunk: Ints, router: Router, where: str = "statistics") -> None:
@@ -62,9 +62,11 @@ class BlockLoss:
         chosen, weights = self.routing.route(self.all_rows, self._there(self.all_rows, everyone))
         router = replace(router, factor=self._factor(arrays, chosen, weights))
         self.router = self.routing.router = router
-        self.chosen = chosen  # [T, K], of the whole block
-        self.weights = weights * router.factor
-        error = self._quadratic(self.all_rows, chosen, self.weights)
+        if not self.aimed:
+            self._settle_ties()
+        # Of the whole block, [T, K] each.
+        self.chosen, self.weights = self.routing.route(self.all_rows, self._there(self.all_rows, everyone))
+        error = self._quadratic(self.all_rows, self.chosen, self.weights)
         if not self.aimed and error.sum() > MISROUTED * self.norm.sum():
             raise UserError(
                 f"{where}: routed anew by its logits, the block's output differs from what was observed by "
@@ -183,6 +185,13 @@ class BlockLoss:
                 found += 2 * excess * cross + excess**2 * self.norm[rows[part]]
             error[part] = found
         return np.maximum(error, 0)
+
+    def _settle_ties(self) -> None:
+        """Find out what tokens chose among equal scores: of all that they may have, what gives their output back."""
+        for row, choices in self.routing.ties():
+            rows = np.full(len(choices), row)
+            error = self._quadratic(rows, choices, self.routing.whole_weights(rows, choices))
+            self.routing.settle(row, choices[np.argmin(error)])
 
     def _factor(self, arrays: Mapping[str, Array], chosen: Ints, weights: Floats) -> float:
         """Return the router's constant factor: from sum w = weight_sum, else from <z, z> = sum w <y, z>."""
