@@ -168,6 +168,22 @@ def test_knapsack_keeps_as_many_experts_where_the_losses_say(top_k, renormalise)
     assert total(plan) <= total(uniform)
 
 
+def test_an_exact_search_is_refused_where_the_knapsack_takes_far_more_from_one_layer(monkeypatch):
+    """C(12, 2) = 66 subsets of each layer may be looked at, and not the C(12, 4) = 495 of one that loses all four."""
+    monkeypatch.setattr(naee, "MOST_OPERATIONS", 70.0 * naee.LEAST_TOKENS * (12 + 9))
+    shape = make_shape(12, 3, layers=(0, 1))
+    blocks = make_blocks(shape, 60)
+    blocks[1].outputs[:] = blocks[1].outputs[:, :1]  # all alike: nothing is lost there
+    stats = observe(blocks, shape)
+    method = Naee(1 / 6, search="exact", budget="knapsack")
+    method.check(shape, 60)
+    message = r"search=exact, removing 4 of 12 experts in layer 1: 495 subsets on 60 tokens, .* Use search=auto"
+    with pytest.raises(UserError, match=message):
+        method.plan(stats, shape)
+    plan = Naee(1 / 6, budget="knapsack").plan(stats, shape)
+    assert [len(plan.layers[layer][0].experts) for layer in (0, 1)] == [12, 8]
+
+
 def test_groups_lose_equally_many_and_the_best_of_those_is_found():
     document = make_shape(8, layers=(0,)).document() | {"groups": 2, "groups_chosen": 1}
     shape = type(make_shape()).from_document(document)

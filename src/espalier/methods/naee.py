@@ -91,16 +91,8 @@ class Naee:
 
     def check(self, shape: ModelShape, tokens: int) -> None:
         """Raise UserError for a ratio, a router or a search that does not fit the model."""
-        removed = shape.experts - survivors(self.ratio, shape, WHERE)
-        router = router_of(shape, WHERE, np.zeros(shape.experts) if needs_correction(shape) else None)
-        if self.search == "exact" and not _has_table(router, shape.experts):
-            cost = _operations(shape, removed, gram_sample(shape.experts, tokens))
-            if cost > MOST_OPERATIONS:
-                raise UserError(
-                    f"{WHERE}: search=exact, removing {removed} of {shape.experts} experts: "
-                    f"{_subsets(shape, removed):.3g} subsets on {gram_sample(shape.experts, tokens)} tokens, "
-                    f"{cost:.2g} operations a layer; it stops at {MOST_OPERATIONS:.0g}. Use search=auto."
-                )
+        self._refuse_long(shape, survivors(self.ratio, shape, WHERE), tokens)
+        router = _rule(shape)
         if self.search == "branch_and_bound" and not can_bound(router, shape.experts):
             raise UserError(
                 f"{WHERE}: search=branch_and_bound has a bound for routers that pick one or two of at most 62 experts "
@@ -117,10 +109,25 @@ class Naee:
         if self.budget == "knapsack":
             curves = {layer: self._curve(self._block(stats, layer, shape, experts), shape) for layer in shape.layers}
             counts = knapsack(curves, sum(counts.values()))
+            for layer, kept in counts.items():  # one may lose more than the ratio says
+                self._refuse_long(shape, kept, stats.tokens, f" in layer {layer}")
         layers, evidence = {}, {}
         for layer in shape.layers:
             layers[layer], evidence[layer] = self.plan_layer(stats, layer, shape, experts, counts[layer])
         return self.finish(layers, evidence)
+
+    def _refuse_long(self, shape: ModelShape, kept: int, tokens: int, place: str = "") -> None:
+        """Raise UserError when search=exact looks at too many subsets of a layer that keeps `kept` experts."""
+        if self.search != "exact" or _has_table(_rule(shape), shape.experts):
+            return
+        removed, sample = shape.experts - kept, gram_sample(shape.experts, tokens)
+        cost = _operations(shape, removed, sample)
+        if cost > MOST_OPERATIONS:
+            raise UserError(
+                f"{WHERE}: search=exact, removing {removed} of {shape.experts} experts{place}: "
+                f"{_subsets(shape, removed):.3g} subsets on {sample} tokens, "
+                f"{cost:.2g} operations a layer; it stops at {MOST_OPERATIONS:.0g}. Use search=auto."
+            )
 
     def finish(self, layers: dict[int, tuple[Keep, ...]], evidence: dict[int, Evidence]) -> Plan:
         """Return the plan of all layers."""
@@ -186,6 +193,11 @@ class Naee:
                 curve[kept.sum()] = loss
         curve[:floor] = np.inf
         return curve**2
+
+
+def _rule(shape: ModelShape) -> Router:
+    """Return the rule of the model's router, whatever it adds to the scores."""
+    return router_of(shape, WHERE, np.zeros(shape.experts) if needs_correction(shape) else None)
 
 
 def _has_table(router: Router, experts: int) -> bool:
