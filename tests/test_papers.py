@@ -9,13 +9,15 @@ from statistics import fmean
 import pytest
 import yaml
 
-from espalier import conf
+from espalier import conf, families, methods
 from espalier.artefacts.store import Store
+from espalier.checkpoints.shape import ModelShape
 from espalier.errors import UserError
+from espalier.families import family_of
 from espalier.machine.hardware import Hardware
 from espalier.tables.published import Comparison, Row
 from espalier.workflow import forecast, graph
-from espalier.workflow.sweep import Composer
+from espalier.workflow.sweep import Composer, points
 
 PAPERS = sorted((conf.directory() / "paper").glob("*.csv"))
 COLUMNS = [
@@ -129,6 +131,52 @@ def test_experiments_are_planned_and_estimated_offline_in_full_and_in_small(name
             assert found.seconds < 3600
     assert matched["full"] == matched["small"]
     assert not list(tmp_path.iterdir())
+
+
+def shape_of(config):
+    """What methods refuse a Mixture-of-Experts model for, of its config.json; sizes that they do not look at are 1."""
+    family = family_of(config)
+    groups, groups_chosen = family.groups(config)
+    return ModelShape(
+        family=family.model_type,
+        layers=tuple(family.moe_layers(config)),
+        experts=family.expert_count(config),
+        top_k=family.top_k(config),
+        hidden=config["hidden_size"],
+        width=1,
+        renormalise=family.renormalise(config),
+        expert_parameters=1,
+        router_row_parameters=1,
+        total_parameters=1,
+        groups=groups,
+        groups_chosen=groups_chosen,
+        group_least=family.group_least,
+        router=family.router_kind(config),
+        neuron_parameters=1,
+    )
+
+
+def rows_with_experts():
+    """Yield (experiment, config.json, configuration of the method) of every row on a model with experts."""
+    for name in paper_experiments():
+        document = load(name)
+        (default,) = (entry["override /model"] for entry in document["defaults"] if "override /model" in entry)
+        for point in points(document["sweep"]):
+            facts = conf.load("model", point.get("model", default))["_facts"]["config"]
+            if facts["model_type"] in families.names() and point.get("method", "none") != "none":
+                own = {key.removeprefix("method."): value for key, value in point.items() if key.startswith("method.")}
+                yield name, facts, conf.load("method", point["method"]) | own
+
+
+def test_no_row_asks_a_model_for_what_its_router_has_not():
+    """What is refused is known of a config.json, before a model is fetched and calibrated."""
+    checked = set()
+    for name, facts, method in rows_with_experts():
+        if method.get("seed") == "${seeds}":
+            method["seed"] = 0
+        methods.check(methods.build(method), shape_of(facts), None)
+        checked.add((name, facts["model_type"]))
+    assert {("reap_table2", "glm4_moe"), ("reap_table3", "deepseek_v3"), ("naee_table2", "mixtral")} <= checked
 
 
 def test_every_experiment_has_its_place_on_the_page_of_papers():

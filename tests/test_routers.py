@@ -8,6 +8,7 @@ from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.checkpoints.shape import ModelShape
 from espalier.collecting.stats import Stats
 from espalier.errors import UserError
+from espalier.methods import check
 from espalier.methods.budget import survivors
 from espalier.methods.reap import Reap
 from espalier.methods.soft_count import SoftCount
@@ -147,5 +148,7 @@ def test_ratios_that_suit_the_groups(tiny_model):
 )
 def test_methods_that_need_a_softmax_refuse_other_routers(family_name, changes, method, message, tiny_model):
     shape = Checkpoint(tiny_model(family_name, **changes)).shape()
+    with pytest.raises(UserError, match=message):
+        check(method, shape, None)  # before anything is collected
     with pytest.raises(UserError, match=message):
         method.plan(Stats(shape, (1,), {}), shape)

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from espalier.checkpoints.shape import ModelShape
 from espalier.collecting.stats import Stats
+from espalier.methods.budget import survivors
 from espalier.methods.options import one_of, softmax_router
 from espalier.methods.ranking import BUDGETS, keep_best, mean
 from espalier.plans.plan import Plan
+
+WHERE = "conf/method/reap.yaml"
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,14 @@ class Reap:
         one_of("reap", "budget", self.budget, BUDGETS)
         one_of("reap", "weights", self.weights, ("model", "published"))
 
-    def plan(self, stats: Stats, shape: ModelShape) -> Plan:
+    def check(self, shape: ModelShape, tokens: int) -> None:
+        """Raise UserError for a ratio that does not fit the model, or weights that its router does not have."""
+        survivors(self.ratio, shape, WHERE)
         if self.weights == "published":
-            what = "weights=published is the softmax of the logits"
-            softmax_router("conf/method/reap.yaml", shape, what, "Use weights=model.")
+            softmax_router(WHERE, shape, "weights=published is the softmax of the logits", "Use weights=model.")
+
+    def plan(self, stats: Stats, shape: ModelShape) -> Plan:
+        self.check(shape, stats.tokens)
         return keep_best({"name": "reap"} | asdict(self), self._scores(stats), shape, budget=self.budget)
 
     def _scores(self, stats: Stats) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -11,9 +11,12 @@ from typing import ClassVar
 
 from espalier.checkpoints.shape import ModelShape
 from espalier.collecting.stats import Stats
+from espalier.methods.budget import survivors
 from espalier.methods.options import one_of, softmax_router
 from espalier.methods.ranking import BUDGETS, keep_best
 from espalier.plans.plan import Plan
+
+WHERE = "conf/method/soft_count.yaml"
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,12 @@ class SoftCount:
     def __post_init__(self) -> None:
         one_of("soft_count", "budget", self.budget, BUDGETS)
 
+    def check(self, shape: ModelShape, tokens: int) -> None:
+        """Raise UserError for a ratio that does not fit the model, or a router whose scores are no softmax."""
+        survivors(self.ratio, shape, WHERE)
+        softmax_router(WHERE, shape, "the score is the softmax of the logits", "Use method=reap or frequency.")
+
     def plan(self, stats: Stats, shape: ModelShape) -> Plan:
-        what = "the score is the softmax of the logits"
-        softmax_router("conf/method/soft_count.yaml", shape, what, "Use method=reap or frequency.")
+        self.check(shape, stats.tokens)
         scores = ((layer, arrays["probability_sum"]) for layer, arrays in stats.layers("usage"))
         return keep_best({"name": "soft_count"} | asdict(self), scores, shape, budget=self.budget)
