@@ -179,6 +179,14 @@ def test_no_row_asks_a_model_for_what_its_router_has_not():
     assert {("reap_table2", "glm4_moe"), ("reap_table3", "deepseek_v3"), ("naee_table2", "mixtral")} <= checked
 
 
+def test_rows_of_hc_smoe_on_qwen_all_count_the_two_largest_logits():
+    """As the paper's code does for every model and every method; Qwen1.5-MoE runs four."""
+    found = [row for row in rows_with_experts() if row[0] in ("hc_smoe_table2", "hc_smoe_ablations")]
+    counting = [(name, method["name"], method["freq_topk"]) for name, _, method in found if "freq_topk" in method]
+    assert {name for _, name, _ in counting} == {"hc_smoe", "m_smoe", "kmeans"}
+    assert {topk for _, _, topk in counting} == {2}
+
+
 def test_every_experiment_has_its_place_on_the_page_of_papers():
     page = (Path(__file__).resolve().parents[1] / "docs/papers.md").read_text()
     for name in paper_experiments():
