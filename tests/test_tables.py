@@ -189,6 +189,15 @@ class Made:
              "published": [{"model": "org/Tiny-MoE", "ratio": ratio}]}
         )  # fmt: skip
 
+    def ask(self, **settings: Any) -> None:
+        """Let the tasks of the last row have been scored with other settings."""
+        scores = self.rows[-1]["scores"]
+        for task, id in scores.items():
+            old = self.store.read_node(id)
+            node = Node("task", old["config"] | settings, tuple(old["parents"]), made_by=old["made_by"])
+            self.store.write_node(node)
+            scores[task] = node.id
+
     def _frame(self, task: str, count: int, number: int, worse: float) -> pd.DataFrame:
         items = np.random.default_rng(len(task))  # what an item is like does not depend on the row
         own = np.random.default_rng(1000 + number)
@@ -434,6 +443,32 @@ def test_models_of_a_table_have_their_own_baselines(made: Made, tmp_path: Path) 
     assert by_label["Larger: full"]["perplexity"]["ratio"] is None
     assert [model["id"] for model in table.document["models"]] == ["org/Tiny-MoE", "org/Larger-MoE"]
     assert {pair["model"] for pair in table.document["pairs"]} == {first.id}  # the other model has one method
+
+
+def test_rows_are_compared_with_those_that_were_scored_as_they_were(made: Made, tmp_path: Path) -> None:
+    made.add("naee 25 %", "naee", 0.25, worse=0.3)
+    for label, method, worse in (("full 5-shot", "none", 0.05), ("reap 5-shot", "reap", 0.3)):
+        made.add(label, method, 0.25 if worse > 0.1 else None, worse=worse)
+        made.ask(num_fewshot=5)
+    table = made.table()
+    of_base = table.document["baselines"]
+    assert {of_base[label] for label in ("full", "reap 25 %", "random 25 %", "naee 25 %")} == {"full"}
+    assert {of_base[label] for label in ("full 5-shot", "reap 5-shot")} == {"full 5-shot"}
+    by_label = {line["label"]: line for line in table.summary}
+    full, reap = by_label["full 5-shot"], by_label["reap 5-shot"]
+    assert full["accuracy"]["delta"] is full["perplexity"]["ratio"] is None
+    assert reap["accuracy"]["delta"] == pytest.approx(reap["accuracy"]["value"] - full["accuracy"]["value"])
+    assert reap["perplexity"]["ratio"] == pytest.approx(reap["perplexity"]["value"] / full["perplexity"]["value"])
+    pairs = [(pair["first"], pair["second"]) for pair in table.document["pairs"] if pair["measure"] == "accuracy"]
+    assert pairs == [("reap 25 %", "random 25 %"), ("reap 25 %", "naee 25 %"), ("random 25 %", "naee 25 %")]
+    made.add("ean 5-shot", "ean", 0.25, worse=0.5)
+    made.ask(num_fewshot=5)
+    paired = made.table()
+    pairs = [(pair["first"], pair["second"]) for pair in paired.document["pairs"] if pair["measure"] == "accuracy"]
+    assert pairs[3:] == [("reap 5-shot", "ean 5-shot")]
+    rows = [line for line in markdown(paired.document).splitlines() if line.startswith("| 75 %")]
+    assert len(rows) == 4  # of each way of scoring both measures, with a best of its own
+    assert ["5-shot" in row for row in rows] == [False, False, True, True]
 
 
 def test_pairs_are_a_file_and_a_hostile_name_is_no_markup(made: Made, tmp_path: Path) -> None:

@@ -213,12 +213,12 @@ def _difference(own: Document | None) -> str:
 def pair_rows(table: Document) -> tuple[list[str], list[list[str]]]:
     """Return header and cells of the comparisons in pairs: of each share and measure the best, and what differs."""
     header = ["left", "by", "best", "not told apart from it", "worse (difference or ratio [95 %], p by Holm)"]
-    keys = list(dict.fromkeys((pair["model"], pair["share"], pair["measure"]) for pair in table.get("pairs") or []))
+    keys = list(dict.fromkeys(map(_family, table.get("pairs") or [])))
     names = {model["node"]: _model_name(str(model["id"])) for model in table.get("models") or [] if "node" in model}
-    several = len({model for model, _, _ in keys}) > 1
+    several = len({model for model, *_ in keys}) > 1
     rows = []
     for key in keys:
-        own = [pair for pair in table["pairs"] if (pair["model"], pair["share"], pair["measure"]) == key]
+        own = [pair for pair in table["pairs"] if _family(pair) == key]
         labels = dict.fromkeys(label for pair in own for label in (pair["first"], pair["second"]))
         best = min(labels, key=lambda label, own=own: _losses(label, own))  # type: ignore[misc]
         alike: list[tuple[str, str]] = []
@@ -231,6 +231,11 @@ def pair_rows(table: Document) -> tuple[list[str], list[list[str]]]:
         cells = [f"{model}{100 * key[1]:g} %", key[2], best, _listed([name for name, _ in alike])]
         rows.append([*cells, _listed([f"{name} ({text})" for name, text in worse])])
     return header, rows
+
+
+def _family(pair: Document) -> tuple[Any, Any, Any, Any]:
+    """Return what the lines that are compared with each other share: model, share, measure, how they were scored."""
+    return pair["model"], pair["share"], pair["measure"], pair.get("scored", 0)
 
 
 def _losses(label: str, pairs: Sequence[Document]) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from espalier.artefacts.store import Store, read_json, run_record_path
+from espalier.artefacts.store import Store, identity, read_json, run_record_path
 from espalier.errors import UserError
 from espalier.scoring import intervals
 from espalier.scoring.intervals import Estimate
@@ -25,6 +25,7 @@ class Measured:
 
     row: Document
     results: dict[str, Document] = field(default_factory=dict)  # by task
+    asked: dict[str, Document] = field(default_factory=dict)  # by task: its settings, such as few-shot examples
     samples: dict[str, pd.DataFrame] = field(default_factory=dict)
     counts: dict[str, float | None] = field(default_factory=dict)
     records: list[Document] = field(default_factory=list)
@@ -55,6 +56,7 @@ def measure(row: Document, store: Store) -> Measured:
         if path not in documents:
             documents[path], frames[path] = load_scores(path), load_samples(path)
         one.results[task] = documents[path]["tasks"][task]
+        one.asked[task] = identity(asked["config"])
         frame = frames[path]
         one.samples[task] = frame[frame["task"] == task].set_index("item")
         cut = "limit" if one.results[task]["kind"] in ("choice", "other") else "documents"
@@ -71,6 +73,17 @@ def measure(row: Document, store: Store) -> Measured:
     records = [run_record_path(path) for path in artefacts]
     one.records = [read_json(path, "espalier.run/1") for path in records if path.exists()]
     return one
+
+
+def base_of(one: Measured, measured: Sequence[Measured]) -> Measured | None:
+    """Return the uncompressed row that a row is compared with: the first of its model that was scored as it was.
+
+    Where none was (the sweep has other settings for the uncompressed model), the first of its model.
+    """
+    model = one.row["model"]
+    full = [other for other in measured if other.row["model"] == other.row["weights"] == model]
+    alike = (other for other in full if other.asked | one.asked == other.asked)
+    return next(alike, full[0] if full else None)
 
 
 def values(group: Sequence[Measured], task: str, column: str) -> Array:

@@ -1,10 +1,11 @@
 """Methods against each other: paired bootstrap on the same items, corrected for the number of pairs; no torch.
 
 Intervals of two rows say little of their difference, since what makes an item hard is in both. Rows of one model that
-leave equal shares are compared pair by pair. Items of each task (documents of each text) are drawn with replacement,
-the same for all rows, and so are a row's seeds; a statistic is the mean over tasks of the accuracy, or of the
-log-perplexity. A draw of S seeds varies (S - 1) / S as much as the seeds do, which is made good. The p-value is of the
-normal law with the bootstrap's standard error, since quantiles of some thousand draws end before a correction begins.
+leave equal shares, and were scored alike, are compared pair by pair. Items of each task (documents of each text) are
+drawn with replacement, the same for all rows, and so are a row's seeds; a statistic is the mean over tasks of the
+accuracy, or of the log-perplexity. A draw of S seeds varies (S - 1) / S as much as the seeds do, which is made good.
+The p-value is of the normal law with the bootstrap's standard error, since quantiles of some thousand draws end before
+a correction begins.
 
 Holm's step-down correction (Scandinavian Journal of Statistics 6 (1979) 65) is over *all* pairs of a share and a
 measure: whichever row turns out best may so be compared with the others after the fact.
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from espalier.artefacts.store import canonical
 from espalier.tables.measured import Measured, values
 
 DRAWS = 2000
@@ -37,23 +39,28 @@ class Sampled:
 
 
 def compare(groups: Sequence[Sequence[Measured]], draws: int = DRAWS) -> list[dict[str, Any]]:
-    """Return one entry a pair of lines that leave equal shares of one model, by measure.
+    """Return one entry a pair of lines that leave equal shares of one model and were scored alike, by measure.
 
-    groups: the rows of each line. `first` and `second` are labels; `value`, `low` and `high` the difference of the mean
-    accuracies, or the ratio of the geometric means of the perplexities, first to second, with a 95 % interval; `p`, and
-    `p_holm` corrected; `better` is the label that is better beyond chance at the corrected 5 %, else None.
+    groups: the rows of each line. `scored` counts the ways in which lines were scored. `first` and `second` are labels;
+    `value`, `low` and `high` the difference of the mean accuracies, or the ratio of the geometric means of the
+    perplexities, first to second, with a 95 % interval; `p`, and `p_holm` corrected; `better` is the label that is
+    better beyond chance at the corrected 5 %, else None.
     """
     found = []
-    shares = [(group[0].row.get("model"), group[0].row.get("share")) for group in groups]
-    for model, share in dict.fromkeys(shares):
-        own = [group for group, key in zip(groups, shares, strict=True) if key == (model, share)]
+    ways = list(dict.fromkeys(canonical(group[0].asked) for group in groups))
+    keys = [
+        (group[0].row.get("model"), group[0].row.get("share"), ways.index(canonical(group[0].asked)))
+        for group in groups
+    ]
+    for model, share, scored in dict.fromkeys(keys):
+        own = [group for group, key in zip(groups, keys, strict=True) if key == (model, share, scored)]
         if share is None or len(own) < 2:
             continue
         for measure, kind, column in (("accuracy", "choice", "correct"), ("perplexity", "perplexity", "nll")):
             tasks = own[0][0].of_kind(kind)
             if tasks:
                 sampled = [_sampled(own, task, column) for task in tasks]
-                head = {"model": model, "share": share, "measure": measure}
+                head = {"model": model, "share": share, "scored": scored, "measure": measure}
                 found += [head | pair for pair in _pairs(own, sampled, measure, draws)]
     return found
 

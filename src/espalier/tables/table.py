@@ -18,6 +18,7 @@ from espalier.tables.budgets import missed
 from espalier.tables.measured import (
     Measured,
     accuracy_difference,
+    base_of,
     divergence,
     log_perplexity,
     measure,
@@ -74,24 +75,24 @@ def make_table(config: Document, store: Store) -> Table:
     """Assemble the table of an experiment's rows (the configuration of a table node).
 
     Rows of one label differ in their seed and become one line. Each row is compared with the first uncompressed one of
-    its model. UserError when seeds or the uncompressed model were scored on other items than the row.
+    its model that was scored as it was, else the first of its model. UserError when seeds or the uncompressed model
+    were scored on other items than the row.
     """
     measured = [measure(row, store) for row in config["rows"]]
-    bases = {one.row["model"]: one for one in reversed(measured) if one.row["weights"] == one.row["model"]}
     groups: dict[str, list[Measured]] = {}
     for one in measured:
         groups.setdefault(one.row["label"], []).append(one)
+    bases = {label: base_of(group[0], measured) for label, group in groups.items()}
     same = config["scale"] == FULL  # models and tasks as published
     beside = _beside(config, measured, bases, same)
     tidy = pd.DataFrame(
-        [line for one in measured for line in _tidy(one, bases.get(one.row["model"]), beside, store)],
+        [line for one in measured for line in _tidy(one, bases[one.row["label"]], beside, store)],
         columns=list(COLUMNS),
     ).astype({"seed": "Int64", "items": "Int64", "beyond": "boolean"})
-    summary = [_summary(group, bases.get(group[0].row["model"]), beside, store) for group in groups.values()]
-    of_base = {one.row["label"]: bases[one.row["model"]].row["label"] for one in measured if one.row["model"] in bases}
+    summary = [_summary(group, bases[label], beside, store) for label, group in groups.items()]
+    of_base = {label: base.row["label"] for label, base in bases.items() if base is not None}
     by_label = {line["label"]: line for line in summary}
     models = [_model(id, store) for id in dict.fromkeys(one.row["model"] for one in measured)]
-    first = bases.get(measured[0].row["model"])
     document = {
         "format": FORMAT,
         "experiment": config["experiment"],
@@ -100,7 +101,7 @@ def make_table(config: Document, store: Store) -> Table:
         "not_reproduction": _why_not(config, measured, models),
         "model": models[0],
         "models": models,
-        "baseline": None if first is None else first.row["label"],
+        "baseline": of_base.get(measured[0].row["label"]),
         "baselines": of_base,
         "compare": config["compare"] and config["compare"]["file"],
         "tasks": _tasks(measured),
@@ -123,12 +124,14 @@ def _model(fetch: str, store: Store) -> Document:
     return {"node": fetch, "id": config.get("id"), "revision": config.get("revision")}
 
 
-def _beside(config: Document, measured: Sequence[Measured], bases: Mapping[str, Measured], same: bool) -> Beside | None:
+def _beside(
+    config: Document, measured: Sequence[Measured], bases: Mapping[str, Measured | None], same: bool
+) -> Beside | None:
     compare = config["compare"]
     if compare is None:
         return None
-    counts = [one.counts["experts"] for one in bases.values() if one.counts["experts"]]
-    experts = int(counts[0]) if len(counts) == 1 else None  # of the one model, where the file names no baseline
+    counts = {one.row["model"]: one.counts["experts"] for one in bases.values() if one and one.counts["experts"]}
+    experts = int(next(iter(counts.values()))) if len(counts) == 1 else None  # where the file names no baseline
     options = {"table": compare.get("table"), "models": compare.get("models")}
     # An absolute path stays as it is.
     comparison = Comparison(conf.directory() / compare["file"], experts, **options)
