@@ -106,6 +106,13 @@ def test_only_rows_of_one_share_and_model_are_compared():
     assert found["p_holm"] == found["p"] < 1e-6
 
 
+def test_one_item_tells_nothing_apart():
+    right, wrong = np.ones(1), np.zeros(1)
+    many = np.random.default_rng(6).random(50) < 0.5
+    for a, b in (({"a": right}, {"a": wrong}), ({"a": right, "b": many}, {"a": wrong, "b": many})):
+        assert pairs.compare([[line("one", 0, a)], [line("other", 1, b)]]) == []
+
+
 def test_perplexities_are_ratios_and_lower_is_better():
     rng = np.random.default_rng(5)
     hard = rng.normal(3, 0.5, 60)

@@ -44,7 +44,7 @@ def compare(groups: Sequence[Sequence[Measured]], draws: int = DRAWS) -> list[di
     groups: the rows of each line. `scored` counts the ways in which lines were scored. `first` and `second` are labels;
     `value`, `low` and `high` the difference of the mean accuracies, or the ratio of the geometric means of the
     perplexities, first to second, with a 95 % interval; `p`, and `p_holm` corrected; `better` is the label that is
-    better beyond chance at the corrected 5 %, else None.
+    better beyond chance at the corrected 5 %, else None. A single item tells nothing apart and is not compared.
     """
     found = []
     ways = list(dict.fromkeys(canonical(group[0].asked) for group in groups))
@@ -58,8 +58,8 @@ def compare(groups: Sequence[Sequence[Measured]], draws: int = DRAWS) -> list[di
             continue
         for measure, kind, column in (("accuracy", "choice", "correct"), ("perplexity", "perplexity", "nll")):
             tasks = own[0][0].of_kind(kind)
-            if tasks:
-                sampled = [_sampled(own, task, column) for task in tasks]
+            sampled = [_sampled(own, task, column) for task in tasks]
+            if sampled and all(task.values.shape[1] > 1 for task in sampled):
                 head = {"model": model, "share": share, "scored": scored, "measure": measure}
                 found += [head | pair for pair in _pairs(own, sampled, measure, draws)]
     return found
