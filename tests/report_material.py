@@ -65,7 +65,8 @@ def table(lines: list[dict[str, Any]], baseline: str | None = "full", **changes:
     return {
         "format": "espalier.table/1", "experiment": "demo",
         "model": {"id": "embedded:moe <&>", "revision": "sha256:12"},
-        "baseline": baseline, "compare": None, "task_order": ["perplexity_wiki"],
+        "baseline": baseline, "baselines": {} if baseline is None else {one["label"]: baseline for one in lines},
+        "compare": None, "task_order": ["perplexity_wiki"],
         "tasks": {"perplexity_wiki": {"kind": "perplexity", "metric": "perplexity", "items": 9}},
         "summary": lines, "tidy": [],
         "runs": [{"commit": "c0ffee", "dirty": True, "versions": {"torch": "2.13.0"}, "device": "CPU", "runtime": {}}],

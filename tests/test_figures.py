@@ -93,7 +93,7 @@ def test_no_point_of_the_front_is_beaten_and_every_other_is(lower: bool) -> None
 
 def test_both_counts_are_drawn_with_the_intervals_of_the_paired_comparison() -> None:
     lines = [line("full", "none", 5e6, 0), line("reap 33 %", "reap", 4e6, 0.1)]
-    figure = quality.quality(lines, "full")
+    figure = quality.quality(lines, {"full": "full", "reap 33 %": "full"})
     assert figure is not None
     labels = [axes.get_xlabel() for axes in figure.axes]
     assert labels == ["unique parameters, millions", "active parameters, millions"] * 2
@@ -102,6 +102,37 @@ def test_both_counts_are_drawn_with_the_intervals_of_the_paired_comparison() -> 
         assert bars[:, 1].tolist() == pytest.approx(values)
     places = [axes.containers[0].lines[0].get_xdata().tolist() for axes in figure.axes[:2]]
     assert places == [pytest.approx([4.0]), pytest.approx([4 / 3])]
+
+
+def test_each_model_of_a_figure_is_compared_with_its_own() -> None:
+    small = [line("full", "none", 5e6, 0), line("reap 33 %", "reap", 4e6, 0.1)]
+    large = [line("L: full", "none", 9e6, 0), line("L: reap 33 %", "reap", 7e6, 0.1)]
+    for one in large:  # half the perplexity, 20 points more
+        one["perplexity"] |= {key: one["perplexity"][key] / 2 for key in ("value", "low", "high")}
+        one["accuracy"] |= {key: one["accuracy"][key] + 0.2 for key in ("value", "low", "high")}
+    figure = quality.quality(
+        [*small, *large], {one["label"]: group[0]["label"] for group in (small, large) for one in group}
+    )
+    assert figure is not None
+    for n, expected in (
+        (0, {"reap": [21.8, 22.2], "L: reap": [10.9, 11.1]}),
+        (2, {"reap": [59, 61], "L: reap": [79, 81]}),
+    ):
+        axes = figure.axes[n]
+        bars = {found.get_label(): found.get_children()[-1].get_segments()[0][:, 1] for found in axes.containers}
+        assert {name: list(ends) for name, ends in bars.items()} == {k: pytest.approx(v) for k, v in expected.items()}
+        (stars,) = (drawn for drawn in axes.lines if drawn.get_marker() == "*")
+        assert list(stars.get_xdata()) == [5, 9]
+
+
+def test_an_uncompressed_model_alone_has_no_divergence_to_draw() -> None:
+    full = line("full", "none", 5e6, 0) | {"kl": {"value": 1e-9, "low": 0.0, "high": 2e-9}}
+    figure = quality.quality([full], {"full": "full"})
+    assert figure is not None
+    assert len(figure.axes) == 2 * 2  # perplexity and accuracy
+    assert quality.quality([{key: full[key] for key in full if key not in ("perplexity", "accuracy")}], {}) is not None
+    alone = {key: value for key, value in full.items() if key not in ("perplexity", "accuracy")}
+    assert quality.quality([alone], {"full": "full"}) is None
 
 
 def test_lines_that_differ_in_a_number_are_one_family() -> None:

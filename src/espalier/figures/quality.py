@@ -24,24 +24,27 @@ SPREAD = 0.08  # of the width of a panel, over which methods that leave equally 
 
 
 @style.styled
-def quality(summary: Sequence[Document], baseline: str | None) -> Figure | None:
+def quality(summary: Sequence[Document], baselines: Mapping[str, str]) -> Figure | None:
     """Draw each measure against unique and against active parameters, a line a method; None when none was measured.
 
-    The grey staircase is the Pareto front: of the lines on it no other is both smaller and better.
+    `baselines`: by label that of the uncompressed model, a star with a dashed line. The grey staircase is the Pareto
+    front: of the lines on it no other is both smaller and better.
     """
-    measures = [key for key in MEASURES if any(key in line for line in summary)]
+    by_label = {str(line["label"]): line for line in summary}
+    bases = {label: by_label[base] for label, base in baselines.items() if base in by_label}
+    full = [line for label, line in by_label.items() if bases.get(label) is line]
+    families: dict[str, list[Document]] = {}
+    for label, line in by_label.items():
+        if bases.get(label) is not line:
+            families.setdefault(family_of(label), []).append(line)
+    measures = [key for key in MEASURES if _drawn(key, families, full)]
     if not measures:
         return None
-    full = next((line for line in summary if line["label"] == baseline), None)
-    families: dict[str, list[Document]] = {}
-    for line in summary:
-        if line is not full:
-            families.setdefault(family_of(str(line["label"])), []).append(line)
     figure = style.new_figure(style.WIDTH, 3.3 * len(measures))
     grid = figure.subplots(len(measures), len(COUNTS), squeeze=False, sharey="row")
     for row, key in zip(grid, measures, strict=True):
         for axes, count in zip(row, COUNTS, strict=True):
-            _panel(axes, key, count, families, full)
+            _panel(axes, key, count, families, full, bases)
         row[0].set_title(MEASURES[key][0], loc="left")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     style.legend(figure, handles, labels)
@@ -69,10 +72,17 @@ def pareto(points: Sequence[tuple[float, float]], lower: bool) -> list[int]:
     return front[::-1]
 
 
-def _panel(axes: Any, key: str, count: str, families: Families, full: Document | None) -> None:
+def _drawn(key: str, families: Families, full: Sequence[Document]) -> list[Document]:
+    """Return the lines that a panel has something of: from itself the uncompressed model diverges by rounding only."""
+    lines = [line for own in families.values() for line in own]
+    return [line for line in (*lines, *(full if key != "kl" else ())) if key in line]
+
+
+def _panel(
+    axes: Any, key: str, count: str, families: Families, full: Sequence[Document], bases: Mapping[str, Document]
+) -> None:
     lower = MEASURES[key][1]
-    drawn = [line for lines in families.values() for line in lines if key in line]
-    drawn += [full] if full and key in full and key != "kl" else []
+    drawn = _drawn(key, families, full)
     counts = [line[count] / 1e6 for line in drawn]
     step = SPREAD * (max(counts) - min(counts) or 0.1 * max(counts)) / max(1, len(families))
     places: list[tuple[float, float]] = []  # on the page
@@ -83,7 +93,7 @@ def _panel(axes: Any, key: str, count: str, families: Families, full: Document |
         own = sorted((line for line in lines if key in line), key=lambda line: float(line[count]))
         if not own:
             continue
-        triples = [_paired(line, full, key) for line in own]
+        triples = [_paired(line, bases.get(str(line["label"])), key) for line in own]
         x, y = [line[count] / 1e6 + shift for line in own], [value for value, _, _ in triples]
         errors = np.abs(np.array([[value - low, high - value] for value, low, high in triples])).T
         colour, marker = style.shade(n)
@@ -91,15 +101,16 @@ def _panel(axes: Any, key: str, count: str, families: Families, full: Document |
         places += zip(x, y, strict=True)
         points += [(float(line[count]), value) for line, value in zip(own, y, strict=True)]
         bounds += [bound for triple in triples for bound in triple]
-    if full and key in full and key != "kl":  # of itself it diverges by rounding only
-        value = _scaled(full[key]["value"], key)
+    stars = [line for line in full if any(line is one for one in drawn)]
+    for line in stars:
+        value = _scaled(line[key]["value"], key)
         axes.axhline(value, color=style.MUTED, lw=1, ls="--")
-        axes.plot(
-            [full[count] / 1e6], [value], marker="*", ms=11, color=style.INK, ls="none", label="uncompressed", zorder=3
-        )
-        places.append((full[count] / 1e6, value))
-        points.append((float(full[count]), value))
+        places.append((line[count] / 1e6, value))
+        points.append((float(line[count]), value))
         bounds.append(value)
+    if stars:
+        at = places[-len(stars) :]
+        axes.plot(*zip(*at, strict=True), marker="*", ms=11, color=style.INK, ls="none", label="uncompressed", zorder=3)
     front = [places[n] for n in pareto(points, lower)]
     axes.step(
         *zip(*front, strict=True), where="pre", color=style.MUTED, lw=5, alpha=0.3, zorder=0, label="Pareto front"
@@ -115,7 +126,7 @@ def _scaled(value: float, key: str) -> float:
 
 
 def _paired(line: Document, full: Document | None, key: str) -> tuple[float, float, float]:
-    """Value and interval: of the paired comparison with the full model where there is one."""
+    """Value and interval: of the paired comparison with its uncompressed model `full` where there is one."""
     found = line[key]
     value = found["value"]
     low, high = found["low"], found["high"]

@@ -29,7 +29,7 @@ def drawn(material: Material, folder: Path) -> list[Section]:
     shown = material.lines
     plans = {line.label: line.plans for line in shown if line.plans}
     active = {line.label: line.active for line in shown}
-    summary, baseline = material.table["summary"], material.table["baseline"]
+    summary, baselines = material.table["summary"], material.table["baselines"]
     source, width = _experts(material), _width(material)
 
     def add(id: str, title: str, draw: "Callable[[], Figure | None]", caption: str, alt: str) -> None:
@@ -42,10 +42,11 @@ def drawn(material: Material, folder: Path) -> list[Section]:
     add(
         "quality",
         "Quality against parameters",
-        lambda: quality(summary, baseline),
+        lambda: quality(summary, baselines),
         "Quality against the parameters that are left (unique) and those that a token uses (active). Bars: 95 % "
-        "intervals of the comparison with the uncompressed model (star and dashed line). Grey: the Pareto front, on "
-        "which no other method is both smaller and better. Methods that leave equally many are drawn side by side.",
+        "intervals of the comparison with the uncompressed model of each (star and dashed line). Grey: the Pareto "
+        "front, on which no other method is both smaller and better. Methods that leave equally many are drawn side by "
+        "side.",
         "Quality by method. " + spoken(material.table),
     )
     add(
