@@ -184,9 +184,13 @@ def test_what_is_damaged_foreign_or_of_another_version_is_refused(project):
 
     refused("bad.tar.xz: no such file")
     bad.write_bytes(whole.read_bytes()[:-500])
-    refused("no archive of results, or cut short")
+    refused("no archive of results, or damaged")
     bad.write_text("hello")
-    refused("no archive of results, or cut short")
+    refused("no archive of results, or damaged")
+    flipped = bytearray(whole.read_bytes())
+    flipped[len(flipped) // 2] ^= 0x55
+    bad.write_bytes(flipped)
+    refused("or damaged|is damaged or missing")
     rewritten(whole, bad, lambda name, data: data + b" " if name.startswith("scores/") else data)
     refused(r"scores/\w+\.\w+(\.json)? is damaged or missing")
     rewritten(whole, bad, lambda name, data: None if name.endswith(".parquet") else data)
@@ -202,6 +206,26 @@ def test_what_is_damaged_foreign_or_of_another_version_is_refused(project):
     refused("format is 'espalier.archive/9'")
     rewritten(whole, bad, manifest(lambda said: said | {"files": said["files"] | {"../../etc/passwd": "0"}}))
     refused(r"holds '../../etc/passwd', which is no result")
+    rewritten(whole, bad, manifest(lambda said: said | {"files": [1]}))
+    refused("no archive of results, or damaged")
+
+
+def test_what_is_no_result_is_not_read_into_memory(project, monkeypatch):
+    bad = project / "bad.tar.xz"
+    read = []
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda tar, member: read.append(member.name))
+    for name, size, said in (
+        ("scores/a.bin", 8, "which is no result"),
+        ("speed/0123456789ab.json", 2**20, "more than"),
+    ):
+        with tarfile.open(bad, "w:xz") as tar:
+            member = tarfile.TarInfo(name)
+            member.size = size
+            tar.addfile(member, io.BytesIO(bytes(size)))
+        monkeypatch.setattr(archive, "LARGEST", 2**19)
+        with pytest.raises(UserError, match=said):
+            archive.restore(bad, Store(project / "new"))
+    assert not read
 
 
 def renamed_nodes(source, target, change):

@@ -7,6 +7,7 @@ statistics. Ids are hashes of what determines a result, so that those of several
 import hashlib
 import io
 import json
+import lzma
 import re
 import tarfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ FORMAT = "espalier.archive/1"
 MANIFEST = "manifest.json"
 NODE = re.compile(r"nodes/[0-9a-f]{12}\.json")
 OTHER = re.compile(r"(scores|speed)/[0-9a-f]{12}\.(json|parquet)|[a-z]+/[0-9a-f]{12}\.run\.json")
+LARGEST = 2**30  # bytes of a file in an archive; samples of a hundred thousand items are a few million
 
 
 @dataclass(frozen=True)
@@ -123,24 +125,33 @@ def restore(archive: Path, store: Store) -> Restored:
 def _read(archive: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     try:
         with tarfile.open(archive, "r:xz") as tar:
-            found = {member.name: _member(tar, member) for member in tar if member.isreg()}
+            found = {member.name: _member(archive, tar, member) for member in tar if member.isreg()}
         manifest = json.loads(found.pop(MANIFEST))
         if manifest["format"] != FORMAT:
             raise UserError(f"{archive}: format is {manifest['format']!r}, expected {FORMAT}.")
-        hashes = manifest["files"]
+        hashes = dict(manifest["files"])
     except FileNotFoundError:
         raise UserError(f"{archive}: no such file.") from None
-    except (OSError, EOFError, tarfile.TarError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{archive}: no archive of results, or cut short ({error}). Export it again.") from None
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{archive}: no archive of results, or damaged ({error}). Export it again.") from None
     for name in sorted(set(found) | set(hashes)):
-        if not (NODE.fullmatch(name) or OTHER.fullmatch(name)):
+        if not _is_result(name):
             raise UserError(f"{archive}: holds {name!r}, which is no result. Export it again.")
         if name not in found or hashlib.sha256(found[name]).hexdigest() != hashes.get(name):
             raise UserError(f"{archive}: {name} is damaged or missing. Export it again.")
     return manifest, found
 
 
-def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _is_result(name: str) -> bool:
+    return bool(NODE.fullmatch(name) or OTHER.fullmatch(name))
+
+
+def _member(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Return the bytes of a file; UserError for what is no result or larger than any, before it is in memory."""
+    if member.name != MANIFEST and not _is_result(member.name):
+        raise UserError(f"{archive}: holds {member.name!r}, which is no result. Export it again.")
+    if member.size > LARGEST:
+        raise UserError(f"{archive}: {member.name} has {member.size:,} bytes, more than any result. Export it again.")
     file = tar.extractfile(member)
     return b"" if file is None else file.read()
 
