@@ -39,7 +39,7 @@ def made(tmp_path, monkeypatch, sweep, name="mine", rest="", commit="a" * 40, sc
         if node.stage == "task":
             tasks = store.read_node(store.read_node(node.id)["made_by"])["config"]["tasks"]
             values = {task["task"]: {"value": score + n / 10} for n, task in enumerate(tasks)}
-            write_json(path, {"format": "espalier.score/1", "tasks": values})
+            write_json(path, {"format": "espalier.scores/1", "tasks": values})
             score *= 0.5
         else:
             keep = [{"op": "keep", "experts": [0, 1 + len(node.config["name"])]}]
@@ -157,6 +157,23 @@ def test_seeds_have_names_and_mistakes_one_line(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             resolve(store, text)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    store = made(tmp_path, monkeypatch, SWEEP)
+    row = resolve(store, "mine:naee 50 %")
+    task = next(iter(row.nodes.values()))
+    plan = store.read_node(store.read_node(store.read_node(task)["parents"][0])["parents"][1])["id"]
+    for path, a in (
+        (store.path(task), "mine:naee 50 %"),
+        (run_record_path(store.path(task)), "mine:naee 50 %"),
+        (store.path(plan), plan),
+    ):
+        whole = path.read_text()
+        path.write_text(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match=rf"{path.name}: not JSON"):
+            between(store, a, "mine:reap 50 %")
+        path.write_text(whole)
 
 
 def test_the_command_prints_tables(tmp_path, monkeypatch, capsys):

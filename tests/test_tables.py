@@ -497,6 +497,14 @@ def test_tables_without_a_baseline_have_no_differences(made: Made) -> None:
     assert all(line["perplexity"]["ratio"] is None for line in table.summary)
 
 
+def test_samples_that_cannot_be_read_are_named(made: Made) -> None:
+    path = made.store.path(made.rows[1]["scores"]["maths_choice"])
+    samples = path.with_suffix(".parquet")
+    samples.write_bytes(samples.read_bytes()[:-20])
+    with pytest.raises(UserError, match=rf"{samples.name}: cannot read it .*Delete {path.name} and run again"):
+        made.table()
+
+
 def test_a_single_item_gives_null_intervals(tmp_path: Path) -> None:
     made = Made(tmp_path)
     made.add("full", items=1)

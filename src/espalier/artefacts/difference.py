@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.artefacts.lineage import Document, find, flat, newest_reports, record, title
-from espalier.artefacts.store import MODELS, Store, content_hash, identity
+from espalier.artefacts.store import MODELS, Store, content_hash, identity, read_json
 from espalier.errors import UserError, nearest
 
 FACTS = ("commit", "dirty", "versions", "runtime", "device", "host")  # that change no id
@@ -237,10 +237,10 @@ def _measured(store: Store, node: Document) -> dict[str, float | str]:
     if not path.exists():
         return {}
     if node["stage"] in ("task", "score"):
-        tasks = json.loads(path.read_text())["tasks"]
+        tasks = read_json(path, "espalier.scores/1")["tasks"]
         wanted = [node["config"]["task"]] if node["stage"] == "task" else list(tasks)
         return {"" if node["stage"] == "task" else task: tasks[task]["value"] for task in wanted if task in tasks}
     if node["stage"] == "plan":
-        layers = json.loads(path.read_text())["layers"]
+        layers = read_json(path, "espalier.plan/1")["layers"]
         return {f"layer {layer}": json.dumps(operations, sort_keys=True) for layer, operations in layers.items()}
     return {"content": content_hash(path)[:12]} if path.is_file() else {}

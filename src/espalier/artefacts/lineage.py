@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from espalier.artefacts.store import Store, run_record_path
+from espalier.artefacts.store import Store, read_json, run_record_path
 from espalier.errors import UserError
 
 Document = dict[str, Any]
@@ -87,5 +87,4 @@ def _state(path: Path) -> str:
 def record(path: Path) -> Document:
     """Return the run record of an artefact, empty where there is none."""
     where = run_record_path(path)
-    record: Document = json.loads(where.read_text()) if where.exists() else {}
-    return record
+    return read_json(where, "espalier.run/1") if where.exists() else {}

@@ -24,8 +24,12 @@ def load_scores(path: Path) -> dict[str, Any]:
 
 
 def load_samples(path: Path) -> pd.DataFrame:
-    """Return the samples beside the score document `path`; UserError when they are missing."""
+    """Return the samples beside the score document `path`; UserError when they are missing or unreadable."""
     beside = path.with_suffix(".parquet")
     if not beside.exists():
         raise UserError(f"{beside}: no such file. Delete {path.name} and run again.")
-    return pd.read_parquet(beside)
+    try:
+        return pd.read_parquet(beside)
+    except (OSError, ValueError) as error:  # pyarrow's own is a ValueError
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"{beside}: cannot read it ({first}). Delete {path.name} and run again.") from None

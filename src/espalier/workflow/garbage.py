@@ -1,6 +1,5 @@
 """Find and delete artefacts that no experiment's table needs any more."""
 
-import json
 import os
 import shutil
 import time
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from espalier.artefacts.lineage import newest_reports
-from espalier.artefacts.store import PATHS, Store
+from espalier.artefacts.store import PATHS, Store, read_json
 from espalier.errors import UserError, nearest
 from espalier.workflow.launch import run_lock
 
@@ -157,7 +156,7 @@ def _candidates(store: Store) -> Iterator[Path]:
 def _model_directory(artefact: Path) -> Path | None:
     if not artefact.exists():
         return None
-    return Path(json.loads(artefact.read_text())["path"]).resolve()
+    return Path(read_json(artefact, "espalier.model/1")["path"]).resolve()
 
 
 def _what(store: Store, id: str) -> str:
