@@ -199,7 +199,7 @@ def distances_of(method: AnyMethod, stats: Stats, shape: ModelShape) -> dict[int
 def build(config: dict[str, Any]) -> AnyMethod:
     """Instantiate the class that `_target_` names with the other keys but `name`.
 
-    UserError on an unknown or missing key, naming the YAML and the keys that exist.
+    UserError on an unknown or missing key, naming the YAML and the keys that exist, and for a ratio that is no number.
     """
     name = config.get("name", "?")
     where = f"conf/method/{name}.yaml"
@@ -216,5 +216,8 @@ def build(config: dict[str, Any]) -> AnyMethod:
     for key, f in known.items():
         if key not in given and f.default is MISSING and f.default_factory is MISSING:
             raise UserError(f"{where}: key {key!r} has no value. Give {key}=... .")
+    ratio = given.get("ratio", 0.5)
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        raise UserError(f"{where}: ratio={ratio} is not a fraction in (0, 1).")
     method: AnyMethod = cls(**given)
     return method

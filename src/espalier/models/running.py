@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 WHERE = "conf/runtime"
 STREAM = ("auto", "always", "never")
 CHECKPOINTS = ("keep", "temporary")
+COUNTS = ("collect_batch_size", "score_batch_size", "apply_workers")
 EXPERTS = ("auto", "eager", "grouped_mm", "batched_mm", "espalier")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -57,6 +58,9 @@ class Running:
         for key, allowed in (("stream", STREAM), ("experts", EXPERTS), ("checkpoints", CHECKPOINTS)):
             if values[key] not in allowed:
                 raise UserError(f"{WHERE}: {key}={values[key]!r}; {nearest(str(values[key]), list(allowed))}.")
+        for key in COUNTS:
+            if isinstance(values[key], bool) or not isinstance(values[key], int) or values[key] < 1:
+                raise UserError(f"{WHERE}: {key}={values[key]!r}, expected a whole number >= 1.")
         values["activation_memory"] = byte_count(values["activation_memory"], "activation_memory")
         values["scratch"] = Path(os.path.expandvars(values["scratch"])) if values["scratch"] else None
         return cls(**values)

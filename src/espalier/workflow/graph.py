@@ -12,6 +12,7 @@ from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.errors import UserError, nearest
 from espalier.inputs import sources
 from espalier.models.running import Running
+from espalier.scoring.score_settings import BY_TASK, check_evaluation
 from espalier.timing.kernel_settings import KernelBench
 from espalier.timing.speed_settings import Timing
 from espalier.training.tune_settings import Tuning
@@ -19,7 +20,6 @@ from espalier.workflow.labels import left, model_name, published_row, row_label
 from espalier.workflow.sweep import Composer, Config, Point, is_seed, is_shown, overrides_of, points
 
 TIMES = ("speed", "kernels")  # what may be timed of a row
-BY_TASK = {"fewshot": "num_fewshot", "metrics": "metric"}  # of an evaluation: settings of single tasks
 COMPARE = ("file", "table", "models", "tasks")  # keys of `compare`
 COMPARED = 128  # likeliest tokens of the uncompressed model that a divergence tells apart; the others are one class
 
@@ -126,16 +126,24 @@ def _seedless(value: Any) -> Any:
 
 
 def _published(compare: Config | str | None) -> Config | None:
-    """Return `compare` of an experiment, a file or a mapping with `file`, with the file's hash and the models' ids."""
+    """Return `compare` of an experiment, a file or a mapping with `file`, with the file's hash and the models' ids.
+
+    UserError for a file or a table of it that cannot be compared with.
+    """
+    from espalier.tables.published import Comparison
+
     if compare is None:
         return None
     said: Config = {"file": compare} if isinstance(compare, str) else dict(compare)
     for key in said:
         if key not in COMPARE:
             raise UserError(f"compare: unknown key {key!r}; {nearest(key, list(COMPARE))}.")
+    if "file" not in said:
+        raise UserError("compare: key 'file' has no value. Give compare.file=paper/NAME.csv.")
     path = conf.directory() / said["file"]
     if not path.exists():
         raise UserError(f"compare={said['file']}: no such file {path}. Name a CSV under conf/paper.")
+    Comparison(path, table=said.get("table"))
     models = {printed: sources.model_config(name)["id"] for printed, name in (said.get("models") or {}).items()}
     return said | {"models": models, "sha256": content_hash(path)}
 
@@ -163,15 +171,16 @@ class _Builder:
 
         several: the table has other models too, so that the model stands in the row's name.
         """
-        model, label = config["model"], row_label(config, point)
+        model = config["model"]
+        steps = [config[key] for key in ("method", "then") if config[key]["name"] != "none"]
+        built = [methods.build(step) for step in steps]  # a bad key is told before anything runs
+        label = row_label(config, point)
         if several:
             label = f"{model_name(model)}: {label}"
         fetch = self.add(Node("fetch", self._fetch(model), label=str(model["id"])))
         weights, plan = fetch, None
         shards = _shards(config["calibration"])
-        steps = [config[key] for key in ("method", "then") if config[key]["name"] != "none"]
-        for number, step in enumerate(steps):
-            method = methods.build(step)  # a bad key is told before anything runs
+        for number, (step, method) in enumerate(zip(steps, built, strict=True)):
             if number == 0:
                 self._check(method, model, config["calibration"])
             parents = [weights]
@@ -296,6 +305,7 @@ class _Builder:
         return self.add(Node("teacher", answers, (fetch, tokens), f"top {COMPARED}"))
 
     def _tasks(self, config: Config) -> list[Config]:
+        check_evaluation(config["evaluation"])
         evaluation = identity(config["evaluation"])
         settings = {key: value for key, value in evaluation.items() if key not in ("tasks", "name", *BY_TASK)}
         settings |= {"dtype": config["model"]["dtype"]}
@@ -304,7 +314,7 @@ class _Builder:
             own = {
                 key: evaluation[by_task][task]
                 for by_task, key in BY_TASK.items()
-                if task in evaluation.get(by_task, {})
+                if task in (evaluation.get(by_task) or {})
             }
             tasks.append(settings | {"task": task, "content": self._task_revision(task)} | own)
         return tasks

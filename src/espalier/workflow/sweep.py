@@ -1,9 +1,11 @@
 """Sweeps of an experiment become composed configurations, one a point, with Hydra; imports no torch."""
 
+import contextlib
 import copy
 import functools
 import itertools
 import operator
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -157,18 +159,21 @@ class Composer:
     def sweep(self) -> list[Config]:
         """Return the experiment's `sweep`, a list of blocks, with `${seeds}` and the like filled in.
 
-        UserError for an interpolation of a key that there is not.
+        UserError for an interpolation of a key that there is not, or a sweep without blocks.
         """
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
         composed = copy.deepcopy(self._chosen(()))
+        where = f"conf/experiment/{self.experiment}.yaml: sweep"
+        if not isinstance(composed["sweep"], list) or not composed["sweep"]:
+            raise UserError(f"{where}={composed['sweep']!r}, expected a list of blocks, such as [{{method: reap}}].")
         scale.resize(composed, self._said)
         try:
             filled = OmegaConf.to_container(OmegaConf.select(OmegaConf.create(composed), "sweep"), resolve=True)
         except OmegaConfBaseException as error:
             first = str(error).strip().splitlines()[0]
-            raise UserError(f"conf/experiment/{self.experiment}.yaml: sweep: {first}") from None
+            raise UserError(f"{where}: {first}") from None
         return filled  # type: ignore[return-value]
 
     def compose(self, point: Point) -> Config:
@@ -251,11 +256,21 @@ class Composer:
         except YAMLError as error:
             raise UserError(_yaml_error(error)) from None
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_compose_error(error, [*self.overrides[1:], *choices])) from None
+            raise UserError(self._explained(error, [*self.overrides[1:], *choices])) from None
         if "experiment" in config:  # Hydra put the file there, where nobody looks
             where = f"conf/experiment/{self.experiment}.yaml"
             raise UserError(f"{where}: its first line is not `# @package _global_`, so that it would say nothing.")
         return config
+
+    def _explained(self, error: Exception, overrides: Sequence[str]) -> str:
+        """Say what is wrong with overrides; of a key that does not exist, which there are beside it."""
+        missing = re.match(r"Could not override '([^']+)'", str(error))
+        wrong = [override for override in overrides if missing and override.partition("=")[0] == missing[1]]
+        if missing and wrong:
+            rest = Composer(self.experiment, [override for override in overrides if override not in wrong])
+            with contextlib.suppress(UserError):  # of the others one is wrong, too
+                return f"{wrong[0]}: {_missing(missing[1], rest._chosen(()))}"
+        return _compose_error(error, overrides)
 
 
 def _joined(base: Config, alone: Sequence[Config]) -> Config | None:
@@ -303,10 +318,14 @@ def _compose_error(error: Exception, overrides: Sequence[str]) -> str:
 
 
 def _unknown_key(experiment: str, key: str, config: Config) -> str:
+    return f"conf/experiment/{experiment}.yaml: sweep key {_missing(key, config)}"
+
+
+def _missing(key: str, config: Config) -> str:
+    """Say that a key is in no file of a composed configuration, and what is there."""
     group, _, name = key.partition(".")
     within = config.get(group) if name else None
     file, keys = "conf/config.yaml", list(config)
     if isinstance(within, dict):
         file, keys = f"conf/{group}/{within.get('name', '?')}.yaml", [k for k in within if k != "_target_"]
-    known = nearest(name or key, keys)
-    return f"conf/experiment/{experiment}.yaml: sweep key {key!r} is not in {file}; {known}."
+    return f"{key!r} is not in {file}; {nearest(name or key, keys)}."
