@@ -358,7 +358,7 @@ def test_run_hands_over_to_snakemake(calls, capsys, tmp_path, monkeypatch):
     assert command[:3] == [sys.executable, "-m", "snakemake"]
     assert command[command.index("--cores") + 1] == "2"
     settings = command[command.index("--config") + 1 :]
-    assert settings == ['experiments=["mine"]', 'overrides=["calibration.samples=2"]', "results=elsewhere"]
+    assert settings == ['experiments=["mine"]', 'overrides=["calibration.samples=2"]', 'results="elsewhere"']
     assert lock is not None
     cancelled = []
     monkeypatch.setattr(launch, "cancel_orphans", cancelled.append)

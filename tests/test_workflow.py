@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pandas
 import pytest
 
 from espalier.artefacts.store import Store
-from espalier.workflow import graph
+from espalier.workflow import graph, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "{method: [reap, hc_smoe], method.ratio: [0.25, 0.5]}"
@@ -131,6 +132,22 @@ def test_a_change_schedules_what_it_must(project):
         Store("results").path(node).parent.mkdir(exist_ok=True)
         Store("results").path(node).touch()
     assert jobs(project) == {"plan": 6, "apply": 2, "score": 2, "table": 1, "report": 1}
+
+
+def test_a_folder_of_results_may_have_any_name(project, monkeypatch):
+    write_experiment(project)
+    commands = []
+    monkeypatch.setattr(launch, "_call", lambda command, lock=None: commands.append(command) or 0)
+    for name in ("2026", "my results"):
+        launch.run("mine", [], results=Path(name), dry=True, cores=1)
+        run = subprocess.run([*commands.pop(), "--printshellcmds"], cwd=project, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+        printed = (run.stdout + run.stderr).splitlines()
+        shells = [shlex.split(line) for line in printed if "python -m espalier" in line]
+        assert len(shells) == 4, printed  # fetch, score, table, report
+        for words in shells:
+            assert words[words.index("--results") + 1] == name
+            assert words[words.index("--results") + 2].startswith(f">{name}/logs/")
 
 
 def start(project, results="results", *overrides):

@@ -22,8 +22,8 @@ rule tokens:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier tokens {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier tokens {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"
 
 
 rule collect:
@@ -48,8 +48,8 @@ rule collect:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier collect {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier collect {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"
 
 
 rule reduce:
@@ -72,8 +72,8 @@ rule reduce:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier reduce {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier reduce {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"
 
 
 rule plan:
@@ -99,8 +99,8 @@ rule plan:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier plan {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier plan {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"
 
 
 rule apply:
@@ -125,5 +125,5 @@ rule apply:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier apply {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier apply {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"

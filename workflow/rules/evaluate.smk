@@ -22,8 +22,8 @@ rule score:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier score {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier score {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"
 
 
 rule speed:
@@ -47,5 +47,5 @@ rule speed:
         label=label,
         results=results_folder,
     shell:
-        "python -m espalier speed {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "python -m espalier speed {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"

@@ -18,5 +18,5 @@ rule fetch:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier fetch {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier fetch {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"

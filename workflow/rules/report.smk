@@ -28,8 +28,8 @@ rule table:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier table {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier table {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"
 
 
 rule report:
@@ -60,5 +60,5 @@ rule report:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier report {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier report {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"

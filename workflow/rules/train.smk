@@ -23,8 +23,8 @@ rule fit:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier fit {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier fit {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"
 
 
 rule teacher:
@@ -47,8 +47,8 @@ rule teacher:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier teacher {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier teacher {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"
 
 
 rule tune:
@@ -71,8 +71,8 @@ rule tune:
         label=label,
         results=results_folder,
     shell:
-        "OMP_NUM_THREADS={threads} python -m espalier tune {wildcards.id} --results {params.results}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "OMP_NUM_THREADS={threads} python -m espalier tune {wildcards.id} --results {params.results:q}"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"
 
 
 # And training the embedded model again. Not part of any experiment: it takes about an hour on two cores and is not
@@ -94,7 +94,7 @@ rule corpora:
     params:
         directory=subpath(output[0], parent=True),
     shell:
-        "python -m espalier.embedded.corpora --out {params.directory} >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        "python -m espalier.embedded.corpora --out {params.directory} >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"
 
 
 rule train_embedded:
@@ -117,4 +117,4 @@ rule train_embedded:
     shell:
         "python -m espalier.embedded.train --corpora {params.corpora} --out {params.directory}"
         " --steps {params.steps} --threads {threads} {params.options}"
-        " >{log} 2>&1 || (tail -n 20 {log} >&2; exit 1)"
+        " >{log:q} 2>&1 || (tail -n 20 {log:q} >&2; exit 1)"

@@ -60,7 +60,9 @@ def run(
         command += ["--slurm-jobname-prefix", job_prefix(results)]
     if profile == "default" or cores is not None:
         command += ["--cores", str(cores or len(os.sched_getaffinity(0)))]
-    config = [f"experiments={json.dumps([experiment])}", f"overrides={json.dumps(overrides)}", f"results={results}"]
+    # Quoted: Snakemake reads a folder called 2026 as a number.
+    settings = {"experiments": [experiment], "overrides": overrides, "results": str(results)}
+    config = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     # A user's mistake is one line here, not a traceback there.
     expanded = expand(experiment, overrides, Store(results, dry=True))
     if dry:
