@@ -109,6 +109,34 @@ def test_dropped_layers_leave_a_stock_model(family, tmp_path):
         torch.testing.assert_close(model(input_ids=IDS).logits, whole(input_ids=IDS, use_cache=False).logits)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "kinds"),
+    [
+        ("gemma2", {"sliding_window": 4}, ["sliding", "sliding"]),  # of four: sliding, full, sliding, full
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2}, ["full", "sliding"]),
+        ("qwen2", {}, None),
+        ("llama", {}, None),
+    ],
+)
+def test_layers_that_stay_keep_the_attention_that_their_old_number_gave_them(family, settings, kinds, tmp_path):
+    source = save_dense(family, tmp_path / "source", num_hidden_layers=4, **settings)
+    config = json.loads((source / "config.json").read_text())
+    config.pop("layer_types", None)  # as published: transformers derives them from the layers' numbers
+    (source / "config.json").write_text(json.dumps(config))
+    whole = AutoModelForCausalLM.from_pretrained(source)
+    apply(source, plan_of("layer_drop", source, layers=[1, 3]), tmp_path / "out", prove=True)
+    written = json.loads((tmp_path / "out/config.json").read_text()).get("layer_types")
+    assert written == (kinds and [f"{kind}_attention" for kind in kinds])
+    keep = [0, 2]
+    whole.model.layers = torch.nn.ModuleList([whole.model.layers[n] for n in keep])
+    whole.config.num_hidden_layers = 2
+    if getattr(whole.config, "layer_types", None):
+        whole.config.layer_types = [whole.config.layer_types[n] for n in keep]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS).logits
+        torch.testing.assert_close(found, whole(input_ids=IDS, use_cache=False).logits)
+
+
 def test_what_is_dropped_and_routed_together_needs_code(source, tmp_path):
     drop, route = plan_of("layer_drop", source, layers=[5]), plan_of("modification", source, layers=[1])
     layers = dict(drop.layers) | dict(route.layers)

@@ -154,9 +154,25 @@ def _fewer_layers(checkpoint: Checkpoint, base: Rewrite, dropped: list[int]) -> 
         shards.append(shard)
     fates = base.fates | {"copied": base.fates["copied"] - gone, "dropped": gone, "written": sum(map(len, shards))}
     config = base.config | {"num_hidden_layers": len(kept)}
-    if config.get("layer_types") is not None:
-        config["layer_types"] = [config["layer_types"][layer] for layer in kept]
+    kinds = _layer_types(checkpoint)
+    if kinds is not None:
+        config["layer_types"] = [kinds[layer] for layer in kept]
     return Rewrite(shards, fates, config, base.code)
+
+
+def _layer_types(checkpoint: Checkpoint) -> list[str] | None:
+    """Return what attention each layer has, where that differs by layer or config.json says it; None elsewhere.
+
+    A config.json that is silent leaves it to the layers' numbers (Gemma 2: every second one slides), which change.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config = checkpoint.config
+    kinds: list[str] | None = config.get("layer_types")
+    if kinds is None:
+        kinds = getattr(CONFIG_MAPPING[config["model_type"]].from_dict(config), "layer_types", None)
+        return kinds if kinds and len(set(kinds)) > 1 else None
+    return kinds
 
 
 def _code(checkpoint: Checkpoint, base: Rewrite) -> dict[str, str]:
