@@ -169,6 +169,24 @@ def test_shared_contexts_give_the_log_likelihoods_of_lm_evals_own_model(moe: Pat
         assert heard[-1] == (len(set(pairs)), len(set(pairs)))
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba", "minimax", "gpt_oss", "llama4_text"])
+def test_contexts_are_shared_where_keys_are_all_that_a_model_keeps_of_them(family: str, tmp_path: Path) -> None:
+    """Linear attention and Mamba keep a state; windows, here of 6 tokens, keep the last keys."""
+    from espalier.scoring.harness import SharedContextLM
+
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path)).eval()
+    generator = torch.Generator().manual_seed(7)
+    texts = [torch.randint(3, 95, (n,), generator=generator).tolist() for n in (12, 12, 17, 2, 3, 5)]
+    pairs = [(context, continuation) for context in texts[:3] for continuation in texts[3:]]
+    expected = [log_likelihood(model, *pair) for pair in pairs]
+    for batch_size in (1, 9):
+        lm = SharedContextLM(model, AutoTokenizer.from_pretrained(tmp_path), batch_size)
+        shared = lm._worth_sharing(tuple(texts[0]), {tuple(text): (("", ""), [], text) for text in texts[3:]})
+        assert shared == (family in ("gpt_oss", "llama4_text"))
+        found = lm._loglikelihood_tokens([(("", ""), context, rest) for context, rest in pairs])
+        assert [value for value, _ in found] == pytest.approx(expected, abs=1e-4)
+
+
 def test_perplexity_result_is_the_exponential_of_nll_over_tokens(moe: Path) -> None:
     document, samples = scoring.score(moe, TASKS[:1], CPU, dtype="float32")
     rows = samples[samples.task == "perplexity_wiki"]

@@ -22,6 +22,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]  # texts, context ids, co
 Answer = tuple[float, bool]  # log-likelihood in nats, whether greedy decoding gives the continuation
 Progress = Callable[[int, int], None]
 
+KEYED = ("full_attention", "sliding_attention", "chunked_attention")  # kinds of layers that keep keys and values
 SHORTEST_SHARED = 8  # tokens; below, a second forward pass costs more than the repeated context
 
 
@@ -91,6 +92,7 @@ class SharedContextLM(ChoiceLM):
         longest = max(map(len, continuations))
         return (
             not self.ranks
+            and _keeps_keys_only(self.model)
             and len(continuations) > 1
             and len(context) >= SHORTEST_SHARED
             and longest > 1  # lm-eval itself shares the logits of one-token continuations
@@ -134,6 +136,16 @@ class SharedContextLM(ChoiceLM):
             logits = torch.cat([first.logits[row // choices, -1:], then.logits[row, : len(tokens) - 1]])  # [n, V]
             answers[context, tokens] = answer(logits, tokens)
         return answers
+
+
+def _keeps_keys_only(model: PreTrainedModel) -> bool:
+    """Whether keys and values are all that every layer keeps of the tokens before.
+
+    A state (Mamba, linear attention) cannot be repeated for several continuations in transformers' caches, nor do all
+    such layers go on from one with more than a token.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return all(kind in KEYED for kind in kinds)
 
 
 def answer(logits: torch.Tensor, tokens: Tokens) -> Answer:
