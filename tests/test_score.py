@@ -239,6 +239,18 @@ def test_scores_and_samples_come_back_from_disk(moe: Path, tmp_path: Path) -> No
         scoring.load_samples(path)
 
 
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_logits_that_are_no_numbers_are_told(stream: str, moe: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(moe)
+    model.model.norm.weight.data.fill_(60000.0)  # a number in fp16, but what it multiplies is none
+    model.half().save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    running = Running.of(device="cpu", stream=stream, score_batch_size=8)
+    for task in ("picks", "perplexity_wiki"):
+        with pytest.raises(UserError, match=r"no finite numbers: the model overflows in float16\. Set model\.dtype"):
+            scoring.score(tmp_path, [{"task": task, "length": 16}], running)
+
+
 def test_an_unknown_perplexity_is_named_with_the_nearest(moe: Path) -> None:
     with pytest.raises(UserError, match="did you mean perplexity_wiki"):
         scoring.score(moe, [{"task": "perplexity_wikki"}], CPU, dtype="float32")

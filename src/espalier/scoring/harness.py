@@ -6,8 +6,9 @@ HFLM but for rounding (tests/test_score.py).
 """
 
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from espalier.errors import UserError
 from espalier.models.depth_count import depth_routers
 
 Tokens = tuple[int, ...]
@@ -54,6 +56,13 @@ class ChoiceLM(HFLM):  # type: ignore[misc]
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
+    def _checked(self, answers: Sequence[Answer]) -> list[Answer]:
+        """Return the answers; UserError where one is NaN, of which lm-eval would take the first for the best."""
+        bad = sum(math.isnan(value) for value, _ in answers)
+        if bad:
+            raise no_numbers(f"{bad} of {len(answers)} log-likelihoods are", self.model.dtype)
+        return list(answers)
+
     def _tell(self, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(done, total)
@@ -86,7 +95,7 @@ class SharedContextLM(ChoiceLM):
             found = super()._loglikelihood_tokens(part, disable_tqdm=True, override_bs=override_bs)
             answers |= {(tuple(r[1]), tuple(r[2])): a for r, a in zip(part, found, strict=True)}
             self._tell(len(answers), total)
-        return [answers[tuple(context), tuple(continuation)] for _, context, continuation in requests]
+        return self._checked([answers[tuple(context), tuple(continuation)] for _, context, continuation in requests])
 
     def _worth_sharing(self, context: Tokens, continuations: dict[Tokens, Request]) -> bool:
         longest = max(map(len, continuations))
@@ -146,6 +155,12 @@ def _keeps_keys_only(model: PreTrainedModel) -> bool:
     """
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     return all(kind in KEYED for kind in kinds)
+
+
+def no_numbers(what: str, dtype: torch.dtype) -> UserError:
+    """Return the error for a model that computes NaN or infinity from weights that are neither."""
+    name = str(dtype).removeprefix("torch.")
+    return UserError(f"evaluation: {what} no finite numbers: the model overflows in {name}. Set model.dtype=float32.")
 
 
 def answer(logits: torch.Tensor, tokens: Tokens) -> Answer:

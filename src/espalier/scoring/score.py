@@ -86,6 +86,11 @@ def score(
         scores = _document_scores(model, tokenizer, texts or _few_documents(checkpoint), running, progress)
         active["tokens"] = sum(document.tokens for found in scores.values() for document in found)
     for name, (kind, text) in measured.items():
+        bad = sum(not math.isfinite(document.nll + document.divergence) for document in scores[text])
+        if bad:
+            from espalier.scoring.harness import no_numbers
+
+            raise no_numbers(f"{name} of {bad} of {len(scores[text])} documents are", model.dtype)
         results[name], frame = RESULTS[kind](name, scores[text])
         frames.append(frame)
     document = {

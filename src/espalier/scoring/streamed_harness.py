@@ -63,7 +63,7 @@ class StreamedLM(ChoiceLM):
                     last = min(len(context) + len(rest), self.max_length + 1) - 1
                     answers[context, rest] = answer(logits[row, last - len(rest) : last], rest)
                 self._tell(layers * len(batches) + number + 1, (layers + 1) * len(batches))
-        return [answers[tuple(context), tuple(rest)] for _, context, rest in requests]
+        return self._checked([answers[tuple(context), tuple(rest)] for _, context, rest in requests])
 
     def _batch(self, part: Sequence[tuple[Tokens, Tokens]]) -> Batch:
         """Return the inputs of some requests, cut on the left to the model's length and padded on the right."""
