@@ -1,6 +1,7 @@
 """Scores of a checkpoint: against plain loops, lm-eval's own model, and the sizes of tiny models."""
 
 import json
+import shutil
 from pathlib import Path
 
 import lm_eval.evaluator
@@ -249,6 +250,13 @@ def test_logits_that_are_no_numbers_are_told(stream: str, moe: Path, tmp_path: P
     for task in ("picks", "perplexity_wiki"):
         with pytest.raises(UserError, match=r"no finite numbers: the model overflows in float16\. Set model\.dtype"):
             scoring.score(tmp_path, [{"task": task, "length": 16}], running)
+
+
+def test_a_model_without_a_tokenizer_is_told(moe: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(moe / name, tmp_path / name)
+    with pytest.raises(UserError, match=r"cannot load a tokenizer .*Put its tokenizer\.json there"):
+        scoring.score(tmp_path, [{"task": "perplexity_wiki", "length": 16}], CPU)
 
 
 def test_an_unknown_perplexity_is_named_with_the_nearest(moe: Path) -> None:

@@ -48,7 +48,7 @@ def make_tokens(calibration: dict[str, Any], directory: Path) -> tuple[Ids, Mask
     if calibration["source"] == "file" and Path(str(calibration["path"])).suffix in TOKEN_FILES:
         return load_tokens(Path(calibration["path"]).expanduser(), None)
     length = calibration["length"]
-    tokenizer = _tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     if calibration["source"] == "windows":
         return _windows(calibration, tokenizer)
     if length > tokenizer.model_max_length:
@@ -165,7 +165,8 @@ def _check_keys(calibration: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {key}={value}, expected a whole number >= {least}.")
 
 
-def _tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a model directory; UserError when there is none that transformers reads."""
     from transformers import AutoTokenizer
 
     try:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from espalier import conf
 from espalier.artefacts.store import read_json
@@ -20,6 +20,7 @@ from espalier.collecting.collect import check_weights, naming_file
 from espalier.errors import UserError, nearest
 from espalier.inputs.assets import text_directory
 from espalier.inputs.sources import task_revision
+from espalier.inputs.tokens import load_tokenizer
 from espalier.inputs.windows import cut_documents, held_out, padded
 from espalier.models import runtime
 from espalier.models.active import count_parameters, is_moe
@@ -70,7 +71,7 @@ def score(
     checkpoint = Checkpoint(directory)
     if is_moe(checkpoint):
         checkpoint.shape()  # config.json and tensors that disagree are told before the model is loaded
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     measured = _measured(tasks)
     texts = _texts(measured, answers or {}, tokenizer)
     model = _load_model(directory, checkpoint, dtype, running)
