@@ -259,6 +259,14 @@ def test_a_model_without_a_tokenizer_is_told(moe: Path, tmp_path: Path) -> None:
         scoring.score(tmp_path, [{"task": "perplexity_wiki", "length": 16}], CPU)
 
 
+def test_of_several_answer_filters_the_first_counts() -> None:
+    """As in the items of a task (GSM8K: strict-match, then flexible-extract)."""
+    found = {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.1, "exact_match,flexible": 0.75}
+    frame = pd.DataFrame({"task": "gsm", "item": list("abcd"), "exact_match": [1.0, 0.0, 0.0, 0.0]})
+    assert scoring._task_result("gsm", found, frame)["value"] == 0.25
+    assert scoring._task_result("gsm", found, frame.copy(), "exact_match")["value"] == 0.25
+
+
 def test_an_unknown_perplexity_is_named_with_the_nearest(moe: Path) -> None:
     with pytest.raises(UserError, match="did you mean perplexity_wiki"):
         scoring.score(moe, [{"task": "perplexity_wikki"}], CPU, dtype="float32")

@@ -353,11 +353,10 @@ def _task_result(name: str, found: Document, frame: pd.DataFrame, asked: str | N
         known = [column for column in frame if column not in ("task", "item")]
         raise UserError(f"evaluation: metrics: task {name!r} has no {asked!r}; {nearest(asked, known)}.")
     accuracy = asked or next((metric for metric in ACCURACIES if metric in frame), None)
-    metrics = {
-        key.partition(",")[0]: float(value)
-        for key, value in found.items()
-        if isinstance(value, int | float) and "," in key and "_stderr" not in key and math.isfinite(value)
-    }
+    metrics: dict[str, float] = {}
+    for key, value in found.items():
+        if isinstance(value, int | float) and "," in key and "_stderr" not in key and math.isfinite(value):
+            metrics.setdefault(key.partition(",")[0], float(value))  # of several answer filters the first, as of items
     if accuracy is None:
         if not metrics:
             raise UserError(f"evaluation: lm-eval gives no metric for task {name!r}. Leave it out.")
