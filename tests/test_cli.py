@@ -194,6 +194,12 @@ def test_errors_without_a_traceback_and_with(models, tmp_path, capsys, monkeypat
     monkeypatch.setattr(lineage, "show", full)
     assert "file: no space left on the disk" in refused(capsys, tmp_path, "show", "abc", "--results", tmp_path)
 
+    for too_much in (lambda *_: torch.empty(10**15), lambda *_: np.empty(10**15), lambda *_: bytearray(10**15)):
+        monkeypatch.setattr(lineage, "show", too_much)
+        line = refused(capsys, tmp_path, "show", "abc", "--results", tmp_path)
+        assert line.startswith("out of memory (")
+        assert "runtime.collect_batch_size" in line
+
     def interrupted(*_):
         raise KeyboardInterrupt
 

@@ -103,6 +103,25 @@ def test_a_full_disk_keeps_what_is_finished(given, uninterrupted, tmp_path, monk
     assert names_around(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_too_little_memory_keeps_what_is_finished(number, given, uninterrupted, tmp_path):
+    out, heard = tmp_path / "out", {}
+
+    def progress(what, done, total):
+        if what == STEPS[number] and total and 2 * done >= total:
+            torch.empty(10**15)  # as torch says it on a processor: a RuntimeError
+
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        compress(*given, out, progress=progress)
+    assert names_around(tmp_path) == [".out.work"]
+    compress(*given, out, progress=lambda what, *part: heard.setdefault(what, []).append(part))
+    assert [step for step in STEPS if step in heard] == STEPS[number:]
+    done, total = heard[STEPS[number]][0]
+    assert done > 0.25 * total
+    assert contents(out) == uninterrupted
+    assert names_around(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize("changed", ["ratio", "tokens", "batch_size", "code"])
 def test_what_another_call_left_is_discarded(changed, given, tmp_path, monkeypatch):
     model, tokens = given

@@ -9,7 +9,7 @@ import typer
 
 from espalier.commands import pipeline, results, stages
 from espalier.commands.app import app
-from espalier.errors import InterruptedWork, UserError
+from espalier.errors import InterruptedWork, UserError, out_of_memory
 
 PANELS = (pipeline, results, stages)  # each has added its commands to the app
 
@@ -35,6 +35,14 @@ def main(argv: list[str] | None = None) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}no space left on the disk. Free some space or write elsewhere, then run again.")
+    except (MemoryError, RuntimeError) as error:
+        if debug or not out_of_memory(error):
+            raise
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _fail(
+            f"out of memory ({what}). Lower runtime.collect_batch_size or runtime.score_batch_size (`--batch-size` of "
+            "compress), set runtime.stream=always (`--stream always`), or take more memory; then run again."
+        )
     except InterruptedWork as stopped:
         print(f"espalier: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)

@@ -13,11 +13,17 @@ class InterruptedWork(BaseException):
         self.number = number
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch got no memory; torch says so on a processor in words only."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without torch
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 def mendable(error: BaseException) -> bool:
     """Whether the same call may succeed later: an interrupt, an error of the system (a full disk), too little room."""
     causes = (error, error.__cause__, error.__context__)
-    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without torch
-    return not isinstance(error, Exception) or short or any(isinstance(cause, OSError) for cause in causes)
+    system = any(isinstance(cause, OSError) for cause in causes)
+    return not isinstance(error, Exception) or out_of_memory(error) or system
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -30,8 +30,8 @@ def resumable_directory(path: Path, identity: Any, replace: bool = False) -> Ite
     """Yield the folder to fill; it is `path` once the context ends without an error.
 
     `identity` is any JSON value that determines every byte of the shards. The folder given holds the shards that an
-    interrupted run of the same identity left, and nothing else. They stay for the next run after a kill, an
-    interrupt and an error of the system (a full disk); any other error removes all.
+    interrupted run of the same identity left, and nothing else. They stay for the next run after a kill and after an
+    error that can be mended (`errors.mendable`); any other error removes all.
 
     UserError when `path` exists and is not empty (unless `replace`), when another run is writing it, or when the
     disk is full or not to be written to.
@@ -53,7 +53,7 @@ def resumable_directory(path: Path, identity: Any, replace: bool = False) -> Ite
             final.replace(folder / OLD)
         files.replace(final)
     except BaseException as error:
-        useless = filling and isinstance(error, Exception) and not isinstance(error, OSError)
+        useless = filling and not mendable(error)
         shards = [] if useless else sorted((folder / FILES).glob(SHARDS))
         if shards:
             os.close(lock)
