@@ -147,6 +147,16 @@ def test_a_full_disk_that_grows_is_written_on(small_disk: Path, tiny_model, tmp_
     assert names_around(small_disk) == ["out"]
 
 
+def test_a_mount_point_is_refused_before_anything_is_written(small_disk: Path, tiny_model):
+    remount(small_disk, "size=4m")
+    with pytest.raises(
+        UserError, match=r"disk: is a mount point, which cannot be replaced\. Write to a directory in it"
+    ):
+        apply(tiny_model("mixtral"), example_plan("mixtral", "keep"), small_disk, prove=False)
+    assert names_around(small_disk.parent) == ["disk"]
+    assert names_around(small_disk) == []
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(small_disk: Path, tiny_model):
     source, plan = tiny_model("mixtral"), example_plan("mixtral", "keep")
     remount(small_disk, "ro,size=4m")

@@ -147,9 +147,11 @@ def _absolute(path: Path) -> Path:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise UserError when `path` exists and is not an empty directory."""
+    """Raise UserError when `path` exists and is not an empty directory, or is one that no rename can replace."""
     if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists already. Choose another output directory or remove it.")
+    if path.is_mount():
+        raise UserError(f"{path}: is a mount point, which cannot be replaced. Write to a directory in it.")
 
 
 def _lock(folder: Path, path: Path) -> int:
