@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from espalier import cli, conf
+from espalier import cli, conf, doctor
 from espalier.artefacts import lineage
+from espalier.artefacts.provenance import run_record
 from espalier.artefacts.store import Node, Store, write_json
 from espalier.errors import UserError
 from espalier.workflow import garbage, launch
@@ -427,3 +428,13 @@ def test_only_a_stale_lock_of_snakemake_is_removed(calls, capsys, tmp_path):
     finally:
         job.kill()
         job.wait()
+
+
+def test_a_run_record_needs_no_git(tmp_path, monkeypatch):
+    """As in a container without it: what a job has made is not lost for want of a commit's name."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with run_record(tmp_path / "plan.json"):
+        (tmp_path / "plan.json").write_text("{}")
+    record = json.loads((tmp_path / "plan.run.json").read_text())
+    assert record["commit"] is record["dirty"] is None
+    assert doctor._project().status != "missing"

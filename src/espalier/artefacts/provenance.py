@@ -46,16 +46,20 @@ def run_record(artefact: Path, node: dict[str, Any] | None = None, **facts: Any)
 
 
 def git_state() -> dict[str, Any]:
-    """Return the commit of the source tree and whether it is dirty; None for an installed package."""
+    """Return the commit of the source tree and whether it is dirty; None for an installed package, or without git."""
     tree = Path(__file__).resolve().parents[3]
     if not (tree / ".git").exists():
         return {"commit": None, "dirty": None}
     commit = _git(tree, "rev-parse", "HEAD")
-    return {"commit": commit or None, "dirty": bool(_git(tree, "status", "--porcelain", "--untracked-files=no"))}
+    dirty = bool(_git(tree, "status", "--porcelain", "--untracked-files=no")) if commit else None
+    return {"commit": commit or None, "dirty": dirty}
 
 
 def _git(tree: Path, *argv: str) -> str:
-    return subprocess.run(["git", "-C", str(tree), *argv], capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(["git", "-C", str(tree), *argv], capture_output=True, text=True).stdout.strip()
+    except OSError:  # not installed: the artefact is made and must not be lost for want of it
+        return ""
 
 
 def versions() -> dict[str, str]:
