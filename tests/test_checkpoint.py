@@ -180,6 +180,13 @@ def test_missing_shard_or_tensor(sharded):
         Checkpoint(sharded)
 
 
+def test_shards_beside_a_single_file_are_refused(sharded):
+    """transformers reads the single file, whatever the index says."""
+    shutil.copyfile(sharded / Checkpoint(sharded).files[0], sharded / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds both model\.safetensors and the \d+ shards of .*Remove what is not"):
+        Checkpoint(sharded)
+
+
 def test_missing_expert(tmp_path):
     source = save_tiny("mixtral", tmp_path)
     tensors = load_file(source / "model.safetensors")

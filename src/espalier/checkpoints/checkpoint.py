@@ -360,6 +360,10 @@ def _shards(directory: Path) -> list[str]:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index}: not an index of shards ({error!r}). Download it again.") from None
+        if SINGLE not in files and (directory / SINGLE).is_file():  # which transformers would read
+            raise UserError(
+                f"{directory}: holds both {SINGLE} and the {len(files)} shards of {INDEX}. Remove what is not meant."
+            )
         missing = [file for file in files if not (directory / file).is_file()]
         if missing:
             raise UserError(
