@@ -67,6 +67,14 @@ def test_a_pinned_model_is_downloaded_once(stub, tmp_path):
     assert b"olmoe" in (other / "config.json").read_bytes()
 
 
+def test_weights_that_are_there_twice_are_fetched_once(stub, tmp_path):
+    again = {"original/model.safetensors": b"in another layout", "consolidated.safetensors": b"in another layout"}
+    stub.repositories[ID][OLD] = FILES | again
+    directory = sources.resolve(ID, OLD, tmp_path)
+    assert sorted(p.name for p in directory.rglob("*.safetensors")) == ["model.safetensors"]
+    assert "consolidated.safetensors" not in stub.downloads()
+
+
 def test_a_cut_transfer_goes_on_where_it_stopped(stub, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024)

@@ -12,6 +12,8 @@ from espalier.errors import UserError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PATTERNS = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja", "tokenizer*", "LICENSE*", "*.md")
+# The same weights once more, in another layout: gpt-oss keeps them in original/, Mistral in consolidated files.
+REPEATED = ("*/*.safetensors", "consolidated*.safetensors")
 Progress = Callable[[str], None]
 
 
@@ -37,7 +39,14 @@ def download(id: str, commit: str, directory: Path, progress: Progress | None = 
         directory.mkdir(parents=True, exist_ok=True)
         if not sys.stderr.isatty():
             disable_progress_bars()
-        snapshot_download(id, revision=commit, local_dir=directory, allow_patterns=[*PATTERNS], endpoint=_endpoint())
+        snapshot_download(
+            id,
+            revision=commit,
+            local_dir=directory,
+            allow_patterns=[*PATTERNS],
+            ignore_patterns=[*REPEATED],
+            endpoint=_endpoint(),
+        )
     for name, size in sizes.items():
         if _size(directory / name) != size:
             raise UserError(
@@ -89,7 +98,7 @@ def _endpoint() -> str | None:
 
 
 def _sizes(id: str, commit: str) -> dict[str, int]:
-    """Sizes in bytes of the files of a commit that `PATTERNS` choose."""
+    """Sizes in bytes of the files of a commit that `PATTERNS` choose and `REPEATED` leaves."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils._paths import filter_repo_objects
@@ -98,10 +107,9 @@ def _sizes(id: str, commit: str) -> dict[str, int]:
         e for e in HfApi(_endpoint()).list_repo_tree(id, recursive=True, revision=commit) if isinstance(e, RepoFile)
     ]
     sizes: dict[str, int] = {entry.path: entry.size for entry in entries}
-    chosen = set(filter_repo_objects(sizes, allow_patterns=[*PATTERNS]))
+    chosen = set(filter_repo_objects(sizes, allow_patterns=[*PATTERNS], ignore_patterns=[*REPEATED]))
     if not any(name.endswith(".safetensors") for name in chosen):
         raise UserError(f"{id}: no .safetensors file at commit {commit}; Espalier reads safetensors only.")
-    # A repository may hold its weights twice (Mixtral: consolidated.*.pt beside the shards); *.pt is never chosen.
     return {name: sizes[name] for name in sorted(chosen)}
 
 
