@@ -1,7 +1,10 @@
 """What is predicted of dense models, against what is written and counted."""
 
+import json
+
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 
 from dense_models import save_dense
 from espalier import conf
@@ -40,6 +43,18 @@ def test_static_pruning_makes_the_files_smaller(dense, tmp_path):
     expected = sizes.sizes_of(str(tmp_path / "out"))
     found = sizes.sizes_of(str(dense)).narrower(0.25)
     assert (found.parameters, found.dense_width) == (expected.parameters, expected.dense_width)
+
+
+def test_a_head_that_is_tied_by_default_is_multiplied_with(tmp_path):
+    source = save_dense("gemma2", tmp_path, tie_word_embeddings=True)
+    config = json.loads((source / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)  # as Gemma 2 is published
+    (source / "config.json").write_text(json.dumps(config))
+    every = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(source).parameters())
+    found = sizes.sizes_of(str(source))
+    attention = 2 * 4 * 16  # layers, heads, width of a head
+    assert found.loaded == every
+    assert estimate.forward_flops(found, 10, 5) == 10 * (2 * every + 2 * attention * 5)
 
 
 def test_training_ffns_costs_three_passes_and_their_moments(dense):

@@ -9,6 +9,8 @@ from typing import Any
 
 from espalier.families import Config, family_of, names
 
+TIED = ("ernie4_5_moe", "gemma", "gemma2")  # model types whose head is the embedding where config.json is silent
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -68,7 +70,7 @@ def count(config: Config) -> Count:
     moe = _moe_part(config) if is_moe(config) else {}
     layers = tuple(_layer(config, index, moe.get(index)) for index in range(int(config["num_hidden_layers"])))
     biased = config.get("lm_head_bias") if family == "phimoe" else family == "ernie4_5_moe" and config.get("use_bias")
-    head = 0 if config.get("tie_word_embeddings", False) else hidden * vocabulary
+    head = 0 if config.get("tie_word_embeddings", family in TIED) else hidden * vocabulary
     norm = _norm(config)
     ahead = int(config.get("num_nextn_predict_layers") or 0) if moe else 0
     # Each holds a decoder layer, two norms and a projection before it, one norm behind it, and copies of both ends.
