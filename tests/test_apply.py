@@ -10,6 +10,7 @@ from collections import namedtuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.errors import UserError
@@ -253,6 +254,15 @@ def test_proof_runs_in_a_fresh_process_and_catches_a_wrong_tensor(tmp_path, appl
     with pytest.raises(UserError, match="failed its proof: MemoryError: 9 GB"):
         apply(source, example_plan("qwen2_moe", "keep"), tmp_path / "bad")
     assert names_around(tmp_path) == ["out", "wrong"]
+
+
+def test_several_chat_templates_go_along(tmp_path, tiny_model):
+    source = shutil.copytree(tiny_model("mixtral"), tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "tools"}
+    tokenizer.save_pretrained(source)
+    apply(source, example_plan("mixtral", "keep"), tmp_path / "out", prove=False)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == {"default": "plain", "tool_use": "tools"}
 
 
 PROGRAM = """

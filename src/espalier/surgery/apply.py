@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ CODE = (
     "routed_depth.py",
     "ragged_cache.py",
 )  # of a source that has been rewritten before
+TEMPLATES = "additional_chat_templates"  # where transformers keeps those of a tokenizer that has several
 TENSORS = "plan/tensors.safetensors"  # not beside the shards: vLLM takes every safetensors file there for weights
 
 Progress = Callable[[int, int], None]
@@ -81,8 +82,7 @@ def apply(
     }
     with resumable_directory(out, identity, replace) as directory:
         files = writer.write(directory, progress, workers or default_workers(), resume=True)
-        for path in beside:
-            shutil.copyfile(path, directory / path.name)
+        copy_beside(source, beside, directory)
         (directory / "config.json").write_text(json.dumps(rewrite.config, indent=2, sort_keys=True) + "\n")
         whole.save(directory / "plan.json", TENSORS)
         (directory / "README.md").write_text(card_text(source, whole, card or {}, sorted(rewrite.code)))
@@ -105,12 +105,26 @@ def apply(
 
 def side_files(source: Path) -> list[Path]:
     """Return the tokenizer, generation config, licence and other small files that go along unchanged."""
-    return [
+    own = [
         path
         for path in sorted(source.iterdir())
         if path.is_file() and path.name not in OWN_FILES and not path.name.startswith((".", *CODE))
         and not path.name.endswith(NOT_COPIED)
     ]  # fmt: skip
+    return [*own, *chat_templates(source)]
+
+
+def chat_templates(source: Path) -> list[Path]:
+    """Return the chat templates that lie in a folder of their own."""
+    return sorted((source / TEMPLATES).glob("*.jinja"))
+
+
+def copy_beside(source: Path, paths: Iterable[Path], directory: Path) -> None:
+    """Copy files below `source` to the same places below `directory`."""
+    for path in paths:
+        target = directory / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def _proof(checkpoint: Checkpoint, directory: Path, out: Path, step: Plan | None) -> dict[str, Any]:

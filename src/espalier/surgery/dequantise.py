@@ -7,7 +7,6 @@ byte, the low half first, 32 of them times 2 ** (scale - 127); the last two dime
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -22,7 +21,7 @@ from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.checkpoints.quantised import OURS, quantisation, refuse_quantised, without_quantisation
 from espalier.checkpoints.shards import OutputTensor, ShardWriter, default_workers
 from espalier.errors import UserError
-from espalier.surgery.apply import side_files
+from espalier.surgery.apply import copy_beside, side_files
 
 SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"
 DROPPED = ("activation_scale", "input_scale")  # of the quantised product; plain weights need none
@@ -61,8 +60,7 @@ def dequantise(
     identity = [str(source.resolve()), checkpoint.fingerprint, writer.layout(), code_version()]
     with resumable_directory(out, identity) as directory:
         files = writer.write(directory, progress, workers or default_workers(), resume=True)
-        for path in beside:
-            shutil.copyfile(path, directory / path.name)
+        copy_beside(source, beside, directory)
         config = without_quantisation(checkpoint.config)
         (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         writer.check(directory)

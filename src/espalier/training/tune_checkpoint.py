@@ -14,7 +14,7 @@ from espalier.artefacts.store import write_json
 from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.checkpoints.dtypes import TORCH_NAMES
 from espalier.checkpoints.shards import OutputTensor, ShardWriter, default_workers
-from espalier.surgery.apply import NOT_COPIED, TENSORS
+from espalier.surgery.apply import NOT_COPIED, TENSORS, chat_templates, copy_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +47,7 @@ def write_tuned(
         path for path in sorted(source.iterdir())
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(NOT_COPIED)
     ]  # fmt: skip
+    beside += chat_templates(source)
     check_disk(out, writer.nbytes + sum(path.stat().st_size for path in beside))
     identity = {
         "source": [str(source.resolve()), checkpoint.fingerprint],
@@ -56,8 +57,7 @@ def write_tuned(
     } | ({} if config is None else {"config": config})
     with resumable_directory(out, identity, replace) as directory:
         files = writer.write(directory, None, workers or default_workers(), resume=True)
-        for path in beside:
-            shutil.copyfile(path, directory / path.name)
+        copy_beside(source, beside, directory)
         if (source / TENSORS).exists():  # what plan.json names
             (directory / TENSORS).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / TENSORS, directory / TENSORS)
