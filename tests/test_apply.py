@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from espalier.plans.operations import Keep, Merge, Skip
 from espalier.plans.plan import Plan
 from espalier.surgery.apply import apply
 from espalier.surgery.prove import TOLERANCE, prove
+from espalier.surgery.prove import main as prove_main
 from example_plans import GROUPS, KINDS, WEIGHTS, example_plan, examples, moe_layers, needs_code
 from plain_block import NAMES, tensors_of
 from tiny import FAMILIES, VOCABULARY, save_tiny
@@ -249,11 +251,37 @@ def test_proof_runs_in_a_fresh_process_and_catches_a_wrong_tensor(tmp_path, appl
     monkeypatch.setattr(subprocess, "run", lambda *args, **settings: failed)
     with pytest.raises(UserError, match=r"failed its proof: logits differ by 2 of 3\. Nothing was kept"):
         apply(source, example_plan("qwen2_moe", "keep"), tmp_path / "bad")
-    crashed = subprocess.CompletedProcess([], -9, "", "Traceback\nMemoryError: 9 GB\n")
+    crashed = subprocess.CompletedProcess([], 1, "", "Traceback\nKeyError: 'x'\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **settings: crashed)
-    with pytest.raises(UserError, match="failed its proof: MemoryError: 9 GB"):
+    with pytest.raises(UserError, match="failed its proof: KeyError: 'x'"):
         apply(source, example_plan("qwen2_moe", "keep"), tmp_path / "bad")
     assert names_around(tmp_path) == ["out", "wrong"]
+
+
+def test_a_proof_that_the_system_ended_keeps_the_shards(tmp_path, tiny_model, monkeypatch, capsys):
+    source, plan, out = tiny_model("mixtral"), example_plan("mixtral", "keep"), tmp_path / "out"
+    # As the kernel ends a process that takes more memory than there is.
+    program, run = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda argv, **settings: run([sys.executable, "-c", program], **settings))
+    with pytest.raises(UserError, match=r"its proof was ended by signal 9, .* 1 finished shards stay in ") as error:
+        apply(source, plan, out)
+    assert "\n" not in str(error.value)
+    assert names_around(tmp_path) == [".out.partial"]
+
+    # The fresh process itself, without the memory, or the disk, that it needs.
+    plan.save(tmp_path / "plan.json")
+    for short in (lambda *_: torch.empty(10**15), lambda *_: Path("/dev/full").write_text("x")):
+        monkeypatch.setattr("espalier.surgery.prove.prove", short)
+        assert prove_main([str(source), str(out), str(tmp_path / "plan.json")]) == 1
+        told = capsys.readouterr().out
+        assert json.loads(told)["short"] is True
+        monkeypatch.setattr(subprocess, "run", lambda argv, **_: subprocess.CompletedProcess(argv, 1, told, ""))  # noqa: B023
+        with pytest.raises(UserError, match=r"its proof was ended by (Runtime|OS)Error: .* 1 finished shards stay in "):
+            apply(source, plan, out)
+    (before,) = (tmp_path / ".out.partial/files").glob("*.safetensors")
+    number = before.stat().st_ino
+    apply(source, plan, out, prove=False)
+    assert (out / before.name).stat().st_ino == number
 
 
 def test_several_chat_templates_go_along(tmp_path, tiny_model):
@@ -350,6 +378,21 @@ def test_side_files_and_card(tmp_path):
     (source / "README.md").unlink()
     apply(source, plan, tmp_path / "unknown", prove=False)
     assert "see the base model" in (tmp_path / "unknown" / "README.md").read_text()
+
+
+def test_a_proof_takes_no_more_than_its_job_may(tmp_path, tiny_model, monkeypatch):
+    """What the machine has beside is not the job's: a control group's limit, or Slurm's, counts."""
+    source = tiny_model("mixtral")
+    whole = 8 * Checkpoint(source).parameters + 5e8
+    monkeypatch.setattr("psutil.virtual_memory", lambda: namedtuple("Memory", "available")(10**15))
+    monkeypatch.setattr("espalier.surgery.apply._prove", lambda *given: {"options": given[-1]})
+    found = []
+    for left in (whole + 1, whole - 1):
+        monkeypatch.setattr("espalier.machine.limits.group_bounds", lambda root, left=left: iter([left]))
+        out = tmp_path / str(len(found))
+        found.append(apply(source, example_plan("mixtral", "keep"), out)["proof"].get("options", "none"))
+    assert found[0] == []
+    assert found[1] != []
 
 
 def test_proof_is_streamed_or_left_out_where_memory_does_not_suffice(tmp_path, monkeypatch):

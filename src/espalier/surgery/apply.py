@@ -1,6 +1,7 @@
 """Rewrite a checkpoint as a plan says: streamed shard by shard, every tensor accounted for, proven at the end."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from espalier.artefacts.partial import check_disk, code_version, resumable_direc
 from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.checkpoints.shards import ShardWriter, default_workers
 from espalier.errors import UserError
+from espalier.machine import limits
 from espalier.plans.plan import Plan
 from espalier.plans.plan_tensors import fingerprint
 from espalier.surgery.card import card_text
@@ -60,6 +62,7 @@ def apply(
     `shards`, `loads_in`, `seconds` and `proof`: maximum difference of logits and tolerance, `skipped` with the
     reason, or None when not asked for. UserError when the plan does not fit the model, a weight is NaN or
     infinite, `out` exists or is being written, the disk has no room, or the proof fails; then nothing is left at `out`.
+    A proof that the system ended, or that had too little memory or disk, has not failed: the shards stay.
     """
     start = time.monotonic()
     checkpoint = Checkpoint(source)
@@ -129,9 +132,7 @@ def copy_beside(source: Path, paths: Iterable[Path], directory: Path) -> None:
 
 def _proof(checkpoint: Checkpoint, directory: Path, out: Path, step: Plan | None) -> dict[str, Any]:
     """Prove `directory`, which is to become `out`; `step` is the plan from the source on when plan.json says more."""
-    import psutil
-
-    free = psutil.virtual_memory().available
+    free = limits.free_memory()
     # The source in its own dtype, then in fp32, beside what Python and torch take.
     whole = sum(entry.nbytes for entry in checkpoint.entries.values()) + checkpoint.parameters * 4 + 5e8
     if whole <= free:
@@ -146,7 +147,10 @@ def _proof(checkpoint: Checkpoint, directory: Path, out: Path, step: Plan | None
 
 
 def _prove(checkpoint: Checkpoint, directory: Path, out: Path, step: Plan | None, options: list[str]) -> dict[str, Any]:
-    """Run `espalier.surgery.prove` with `options` in a fresh process; UserError when it fails."""
+    """Run `espalier.surgery.prove` with `options` in a fresh process; UserError when it fails.
+
+    OSError when it came to no end, for want of memory or disk or by a signal.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         argv = [sys.executable, "-m", "espalier.surgery.prove", *options, str(checkpoint.directory), str(directory)]
         if step is not None:
@@ -160,6 +164,10 @@ def _prove(checkpoint: Checkpoint, directory: Path, out: Path, step: Plan | None
         report: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
         report = {"error": (run.stderr.strip().splitlines() or ["no output"])[-1]}
+    if run.returncode < 0 or report.get("short"):
+        what = f"signal {-run.returncode}, which systems send where memory is short"
+        ended = f"its proof was ended by {report['error'] if report.get('short') else what}"
+        raise OSError(errno.EINTR, ended, str(out))
     if "error" in report or run.returncode:
         raise UserError(
             f"{out}: the written checkpoint failed its proof: {report.get('error', run.returncode)}. Nothing was kept; "

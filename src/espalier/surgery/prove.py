@@ -1,7 +1,7 @@
 """Proof of a written checkpoint in a fresh process: it loads whole and computes what the live plan computes.
 
 `python -m espalier.surgery.prove [--streamed] SOURCE OUT [PLAN]` prints one JSON line. PLAN (default OUT/plan.json) is
-the plan that led from SOURCE to OUT. Exit code 1 when the proof fails.
+the plan that led from SOURCE to OUT. Exit code 1 when the proof fails, or, with `short`, had no memory or disk to end.
 """
 
 import gc
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from espalier.artefacts.partial import FULL
 from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.checkpoints.decoder_shape import ffn_module, layer_parts
-from espalier.errors import UserError
+from espalier.errors import UserError, out_of_memory
 from espalier.families import Family
 from espalier.models.live_depth import LiveDepth
 from espalier.models.live_split import LiveSplit, LiveValues, change_layer
@@ -258,6 +259,10 @@ def main(argv: list[str]) -> int:
         report = prove(source, out, Plan.load(rest[0] if rest else out / "plan.json"), streamed)
     except UserError as error:
         report = {"error": str(error)}
+    except Exception as error:
+        if not out_of_memory(error) and getattr(error, "errno", None) not in FULL:
+            raise
+        report = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}", "short": True}
     print(json.dumps(report))
     return 1 if "error" in report else 0
 
