@@ -217,6 +217,15 @@ def test_beams_and_assisted_decoding(kind, routed):
     assert model.generate(one, prompt_lookup_num_tokens=3, **GREEDY).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("kind", ["nothing_kept", "nothing_kept_attention", "drop_attention"])
+def test_beams_where_no_token_has_entered_a_layer(kind, routed):
+    model = load(routed("llama", kind)[0])
+    ids, mask = padded(ROWS)
+    beams = GREEDY | {"num_beams": 3}
+    found = model.generate(ids, attention_mask=mask, **beams)
+    assert found.tolist() == model.generate(ids, attention_mask=mask, use_cache=False, **beams).tolist()
+
+
 def test_a_layer_caches_the_tokens_that_entered_and_no_others(routed):
     model = load(routed("llama", "threshold")[0])
     output = model(input_ids=IDS, use_cache=True)

@@ -231,6 +231,8 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices` only."""
+        if not self.lengths:  # no token has entered yet, whatever sequence it is of
+            return
         chosen = torch.arange(len(self.lengths))[indices.cpu()]
         self.lengths = [self.lengths[row] for row in chosen.tolist()]
         if self.times is not None:
