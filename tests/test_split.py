@@ -179,6 +179,28 @@ def test_pieces_and_rows_that_are_copied_give_the_same(kind, dtype, copied, monk
     torch.testing.assert_close(single, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["dsmoe", "tomoe", "cmoe"])
+def test_adapters_count_in_training_and_inference(kind):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ffn = make_ffn(kind)
+    names = ["gate_proj", "up_proj", "down_proj"]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=names, init_lora_weights=False), ffn)
+    merged = make_ffn(kind).eval()
+    with torch.no_grad():
+        merged.router.load_state_dict(ffn.router.state_dict())
+        for name in names:
+            layer = getattr(ffn, name)
+            getattr(merged, name).weight.copy_(layer.base_layer.weight + layer.get_delta_weight("default"))
+    hidden = torch.randn(23, 32)
+    ffn.train()(hidden).square().sum().backward()
+    assert all(float(p.grad.abs().max()) > 0 for name, p in ffn.named_parameters() if ".lora_" in name)
+    with torch.inference_mode():
+        for rows in (hidden, hidden[:1]):
+            merged.backend = "grouped"
+            torch.testing.assert_close(ffn.eval()(rows), merged(rows), rtol=1e-4, atol=1e-4)
+
+
 def test_grouping_is_left_where_it_would_take_longer(monkeypatch):
     ffn, calls = make_ffn("dsmoe", threshold=0.5).eval(), []
     monkeypatch.setattr(ffn, "_masked", lambda hidden, weights: calls.append(len(hidden)) or hidden)

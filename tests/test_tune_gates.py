@@ -140,6 +140,21 @@ def test_what_is_trained(split, tmp_path):
             assert torch.equal(tensor, before[name]) != changes(name), (train, name)
 
 
+def test_adapters_are_trained_and_merged_where_ffns_are_split(split, tmp_path):
+    tuned(split, tmp_path / "out", replace(BASE, train="lora", target=0.6))
+    before, after = tensors(split), tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    linear = {name for name in before if "_proj" in name}
+    assert changed == linear | {name for name in before if ".router." in name}
+    for name in linear:
+        assert 0 < torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-3) <= BASE.rank
+    # The threshold was set with the adapters, which are in the weights now.
+    model = runtime.load(tmp_path / "out")
+    with torch.no_grad(), count_neurons(model, Checkpoint(tmp_path / "out").dense_family) as counter:
+        model(input_ids=torch.tensor(IDS).long())
+    assert np.mean(list(counter.means().values())) / WIDTH == pytest.approx(0.6, abs=0.01)
+
+
 def test_straight_through_teaches_gates_that_never_fire(tmp_path):
     """Blocks whose gates stay under the threshold learn nothing without it."""
     source = save_dense("llama", tmp_path / "model")

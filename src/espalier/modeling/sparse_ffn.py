@@ -80,7 +80,7 @@ class SparseFFN(nn.Module):
         weights = self.router(flat, self._activation)  # [T, U], 0: not run
         backend = self.backend
         if backend == "auto":
-            backend = "masked" if torch.is_grad_enabled() or self.training else "grouped"
+            backend = "masked" if torch.is_grad_enabled() or self.training or self._wrapped() else "grouped"
         output = None
         if backend == "grouped":
             output = self._grouped(flat, weights) if self.kernel is None else self.kernel(self, flat, weights)
@@ -109,6 +109,10 @@ class SparseFFN(nn.Module):
     @property
     def _activation(self) -> Any:
         return getattr(self, self.names["activation"])
+
+    def _wrapped(self) -> bool:
+        """Whether a projection computes more than its weights say: one with adapters has to be called."""
+        return any(type(part) is not nn.Linear for part in (self.gate, self.up, self.down) if part is not None)
 
     def membership(self, device: torch.device) -> Tensor:
         """Which segments each unit runs, float32 [U, S]; shared segments are in none."""
@@ -151,6 +155,9 @@ class SparseFFN(nn.Module):
         return inner
 
     def _project(self, inner: Tensor, start: int, stop: int) -> Tensor:
+        if (start, stop) == (0, self._edges[-1]):
+            whole: Tensor = self.down(inner)
+            return whole
         return functional.linear(inner, self.down.weight[:, start:stop], self.down.bias)
 
     def _grouped(self, hidden: Tensor, weights: Tensor) -> Tensor:
@@ -344,6 +351,9 @@ class SparseFFN(nn.Module):
 
 def _rows(linear: nn.Linear, hidden: Tensor, start: int, stop: int | None) -> Tensor:
     """Return what the outputs start..stop of a linear layer are for `hidden` [T, D]."""
+    if (start, stop) == (0, None):
+        whole: Tensor = linear(hidden)
+        return whole
     bias = None if linear.bias is None else linear.bias[start:stop]
     return functional.linear(hidden, linear.weight[start:stop], bias)
 

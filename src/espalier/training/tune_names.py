@@ -24,10 +24,10 @@ def tuned_names(source: Path, dtype: str, tuning: Tuning) -> dict[str, str]:
     weights = WeightMap(model, checkpoint)
     names = {module: name for name, module in model.named_modules()}
     depth = list(depth_routers(model).values())
-    if tuning.train in ("depth", "lora"):
-        parts = depth
-    elif checkpoint.is_dense:
+    if checkpoint.is_dense and tuning.train != "depth":
         parts = [*_dense_parts(model, checkpoint, tuning), *depth]
+    elif tuning.train in ("depth", "lora"):
+        parts = depth
     else:
         parts = [*_routers(model, checkpoint, tuning), *depth]
     if not any(True for part in parts for _ in part.parameters()) and tuning.train != "lora":

@@ -24,12 +24,12 @@ class Tuning:
     makes good. norms: tune the norms too (layerwise: the one before each block, whose whole output is then compared).
     entropy: weight of the mean entropy of the routers' softmax.
     train, of split dense models: the `routers`, `ffn` (with the routers), or `all` parameters. Of models whose layers
-    tokens skip: the routers of `depth`, `lora` (with adapters of `rank` and `alpha` at the linear layers, merged in the
-    end), or `all`. router_rate: highest rate of routers, where it is another. gates: weight of DSMoE's L1 term, load:
-    of the term for tokens that enter routed layers, whose form is `load_term`; moved by a controller where `target` is
-    given: the fraction of the FFNs' neurons that a token is to run, or of tokens that are to enter, to which the
-    threshold is set in the end, on `threshold_tokens` of the tuning text. straight_through: whether gates of what does
-    not run have a gradient.
+    tokens skip: the routers of `depth`, or `all`. Of both: `lora`, routers with adapters of `rank` and `alpha` at the
+    linear layers, merged in the end. router_rate: highest rate of routers, where it is another. gates: weight of
+    DSMoE's L1 term, load: of the term for tokens that enter routed layers, whose form is `load_term`; moved by a
+    controller where `target` is given: the fraction of the FFNs' neurons that a token is to run, or of tokens that are
+    to enter, to which the threshold is set in the end, on `threshold_tokens` of the tuning text. straight_through:
+    whether gates of what does not run have a gradient.
     tokens: how many are read in all, of `layerwise` for each layer. batch: sequences a micro-batch; a step takes
     `accumulation` of them. warm_up: share of the steps. clip: largest norm of the gradient, or None. bf16: autocast.
 
