@@ -347,6 +347,13 @@ def test_without_a_prior_nothing_is_measured(models):
     assert not own.known_neurons.any()
 
 
+def test_all_of_it_is_moved_to_the_model_s_device(models):
+    own = learner(models, attention="pairs").to("meta")
+    embeddings = torch.empty(2 * LAYERS, 4, SMALL["embedding"], device="meta")
+    assert own.logits(0, own.of_ffns(embeddings)[0]).shape == (4, WIDTH)
+    assert own.pair_logits(0, embeddings).shape == (own.shape.pairs,)
+
+
 # Attention
 
 

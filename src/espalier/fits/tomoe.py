@@ -73,6 +73,8 @@ class Fit(nn.Module):
     """
 
     model: Any
+    known_neurons: Tensor  # [L, E, F], what the prior adds to logits
+    known_pairs: Tensor
 
     def __init__(
         self,
@@ -115,8 +117,8 @@ class Fit(nn.Module):
             if attention == "all":
                 self.entries = nn.ModuleList(nn.Linear(shape.hidden, embedding, bias=False) for _ in range(layers))
         self.seed = seed
-        self.known_neurons = torch.zeros(layers, experts, shape.width)  # [L, E, F], what the prior adds
-        self.known_pairs = torch.zeros(layers, shape.pairs)
+        self.register_buffer("known_neurons", torch.zeros(layers, experts, shape.width))  # moved where the model runs
+        self.register_buffer("known_pairs", torch.zeros(layers, shape.pairs))
         self.noisy = True
         self._choices: list[Tensor] = []
         self._values: list[Tensor] = []
