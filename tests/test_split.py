@@ -201,6 +201,20 @@ def test_adapters_count_in_training_and_inference(kind):
             torch.testing.assert_close(ffn.eval()(rows), merged(rows), rtol=1e-4, atol=1e-4)
 
 
+def test_rows_are_copied_by_numbers_that_lie_where_the_weights_do(monkeypatch):
+    """A GPU takes no others; the device `meta` would."""
+    own, devices = sparse_ffn._taken, []
+    monkeypatch.setattr(sparse_ffn, "_taken", lambda weight, rows: (devices.append(rows.device), own(weight, rows))[1])
+    monkeypatch.setattr(sparse_ffn, "PIECE", 2**40)
+    ffn = make_ffn("tomoe")
+    unit = next(tuple(unit) for unit in ffn.units if len(ffn._merged(tuple(unit), 0)) > 1)
+    for name in ("cpu", "meta", "cpu"):
+        weight = ffn.to_empty(device=name).up_proj.weight
+        devices.clear()
+        ffn._unit(weight.new_empty(5, 32), weight.new_empty(5, 1), unit)
+        assert set(devices) == {torch.device(name)}
+
+
 def test_grouping_is_left_where_it_would_take_longer(monkeypatch):
     ffn, calls = make_ffn("dsmoe", threshold=0.5).eval(), []
     monkeypatch.setattr(ffn, "_masked", lambda hidden, weights: calls.append(len(hidden)) or hidden)

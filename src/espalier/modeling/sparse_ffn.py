@@ -192,7 +192,8 @@ class SparseFFN(nn.Module):
             inner = self._pieces(hidden, runs)
             return self._down_pieces(inner * weight.to(inner.dtype), runs, None)
         output = hidden.new_zeros(hidden.shape)
-        for rows in torch.split(self._neurons_of(segments, runs)[0], max(1, COPIED // self._neuron_bytes)):
+        neurons = self._neurons_of(segments, runs, hidden.device)[0]
+        for rows in torch.split(neurons, max(1, COPIED // self._neuron_bytes)):
             up = _chosen_rows(self.up, hidden, rows)
             inner = self._activation(up if self.gate is None else _chosen_rows(self.gate, hidden, rows))
             inner = (inner if self.gate is None else inner * up) * weight.to(inner.dtype)
@@ -229,7 +230,7 @@ class SparseFFN(nn.Module):
         inner = self._pieces(hidden, runs)
         plain = all(values[segment] == 1.0 for segment in segments)
         if len(runs) > 1 and hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
-            rows, places = self._neurons_of(segments, runs)
+            rows, places = self._neurons_of(segments, runs, hidden.device)
             inner = inner[0, places]
             if not plain:
                 inner = inner * self.neuron_weights(weights)[0, rows].to(inner.dtype)
@@ -283,13 +284,15 @@ class SparseFFN(nn.Module):
             done += stop - start
         return output
 
-    def _neurons_of(self, segments: tuple[int, ...], runs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def _neurons_of(
+        self, segments: tuple[int, ...], runs: list[tuple[int, int]], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Return the neurons of `segments` and their places among those of `runs` side by side, int64."""
-        if segments not in self._rows:
+        if segments not in self._rows or self._rows[segments][0].device != device:
             if len(self._rows) > 4096:
                 self._rows.clear()
-            rows = torch.cat([torch.arange(self._edges[segment], self._edges[segment + 1]) for segment in segments])
-            read = torch.cat([torch.arange(*run) for run in runs])
+            own = [(self._edges[segment], self._edges[segment + 1]) for segment in segments]
+            rows, read = (torch.cat([torch.arange(*run, device=device) for run in every]) for every in (own, runs))
             self._rows[segments] = rows, torch.searchsorted(read, rows)
         return self._rows[segments]
 
