@@ -10,6 +10,7 @@ from dense_models import FAMILIES as DENSE
 from dense_models import made_once
 from depth_plans import KINDS, depth_plan, token_by_token
 from espalier.checkpoints.checkpoint import Checkpoint
+from espalier.modeling.routed_depth import Call
 from espalier.surgery.apply import apply
 from espalier.surgery.prove import prove
 from tiny import FAMILIES as EXPERTS
@@ -224,6 +225,32 @@ def test_beams_where_no_token_has_entered_a_layer(kind, routed):
     beams = GREEDY | {"num_beams": 3}
     found = model.generate(ids, attention_mask=mask, **beams)
     assert found.tolist() == model.generate(ids, attention_mask=mask, use_cache=False, **beams).tolist()
+
+
+@pytest.mark.parametrize("kind", ["threshold", "top_k", "predictor"])
+def test_under_autocast_routers_compute_in_float32(kind, routed):
+    router = load(routed("llama", kind)[0]).model.layers[0].depth_router
+    call, states = Call(), torch.randn(3, 50, 32)
+    router.predict = kind == "top_k"
+    with torch.no_grad():
+        kept, gates, predicted = router(states, call)[0], router.gates, router.predicted
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(router(states, call)[0], kept)
+    assert torch.equal(router.gates, gates)
+    assert (predicted is None and router.predicted is None) or torch.equal(router.predicted, predicted)
+
+
+@pytest.mark.parametrize("kind", ["threshold", "threshold_attention", "threshold_ffn", "all_keys"])
+def test_projections_may_give_another_dtype_than_the_states_have(kind, routed):
+    """As under CUDA's autocast, which leaves copying by index alone."""
+    model = load(routed("llama", kind)[0])
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.register_forward_hook(lambda module, inputs, output: output.bfloat16())
+    found = logits(model)
+    set_backend(model, "masked")
+    expected = logits(model, use_cache=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 
 
 def test_a_layer_caches_the_tokens_that_entered_and_no_others(routed):

@@ -215,6 +215,22 @@ def test_rows_are_copied_by_numbers_that_lie_where_the_weights_do(monkeypatch):
         assert set(devices) == {torch.device(name)}
 
 
+@pytest.mark.parametrize("kind", ["dsmoe", "tomoe", "mlp", "cmoe", "analytic"])
+def test_under_autocast_routers_compute_in_float32_and_the_rest_does_not(kind, monkeypatch):
+    monkeypatch.setattr(sparse_ffn, "UNIT", 0)
+    monkeypatch.setattr(sparse_ffn, "PIECE", 0)
+    ffn, hidden = make_ffn(kind).eval(), torch.randn(40, 32)
+    for backend in ("masked", "grouped"):
+        ffn.backend = backend
+        with torch.no_grad():
+            weights, expected = ffn.router(hidden, ffn._activation), ffn(hidden)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert torch.equal(ffn.router(hidden, ffn._activation), weights)
+                found = ffn(hidden)
+        assert not torch.equal(found.float(), expected)
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.03 * float(expected.abs().max()))
+
+
 def test_grouping_is_left_where_it_would_take_longer(monkeypatch):
     ffn, calls = make_ffn("dsmoe", threshold=0.5).eval(), []
     monkeypatch.setattr(ffn, "_masked", lambda hidden, weights: calls.append(len(hidden)) or hidden)

@@ -59,7 +59,7 @@ class Pack:
         """Return `onto` [B, L, D] with `states` [R, M, D] in the places that they were gathered from."""
         if self.everything:
             return states
-        rows, places = states.reshape(-1, states.shape[-1]), self.flat
+        rows, places = states.reshape(-1, states.shape[-1]).to(onto.dtype), self.flat
         if self.valid is not None:
             rows, places = rows[self.valid], places[self.valid]
         return onto.reshape(-1, onto.shape[-1]).index_copy(0, places, rows).view_as(onto)

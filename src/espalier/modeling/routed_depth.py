@@ -28,7 +28,7 @@ ROUTER = "depth_router"
 
 
 class DepthRouter(nn.Module):
-    """Decides which tokens enter a layer; computes in float32. `settings` are those of `Depth.settings`.
+    """Decides which tokens enter a layer; computes in float32, always. `settings` are those of `Depth.settings`.
 
     After a call `gates` [B, L] is sigmoid(w x + b) (None where nothing is learnt) and `kept` bool [B, L] what entered;
     `predicted` [B, L] are the predictor's logits. They are there for losses and counts.
@@ -59,10 +59,11 @@ class DepthRouter(nn.Module):
         """Return which of the tokens `states` [B, L, D] enter, bool [B, L], and what multiplies what they get."""
         states = states.float()
         self.gates = self.predicted = None
-        if "weight" in self._parameters:
-            weight, bias = self.get_parameter("weight"), self.get_parameter("bias")
-            self.gates = (functional.linear(states, weight[None])[..., 0] + bias).sigmoid()
-        kept = self._kept(states, call)
+        with torch.autocast(states.device.type, enabled=False):
+            if "weight" in self._parameters:
+                weight, bias = self.get_parameter("weight"), self.get_parameter("bias")
+                self.gates = (functional.linear(states, weight[None])[..., 0] + bias).sigmoid()
+            kept = self._kept(states, call)
         if call.real is not None:
             kept = kept & call.real
         self.kept = kept
@@ -313,7 +314,7 @@ class Place:
         if found is None:
             found, rows = torch.zeros_like(flat), self.rows
             if rows is not None and len(rows):
-                found = found.index_copy(0, rows, _states(stock(flat.index_select(0, rows)[None]))[0])
+                found = found.index_copy(0, rows, _states(stock(flat.index_select(0, rows)[None]))[0].to(found.dtype))
         return found.view_as(states)
 
     @property

@@ -59,7 +59,7 @@ class TokenValues(nn.Module):
 
 
 class ValueRouter(nn.Module):
-    """Says which dimensions of its value a token keeps: those of positive logits; computes in float32."""
+    """Says which dimensions of its value a token keeps: those of positive logits; computes in float32, always."""
 
     def __init__(self, hidden: int, head: int, embedding: int, offset: float) -> None:
         super().__init__()
@@ -72,9 +72,10 @@ class ValueRouter(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [..., h] of `hidden` [..., D]."""
-        mixed = functional.linear(hidden.float(), self.enter) + self.mean
-        normed = functional.layer_norm(mixed, mixed.shape[-1:], self.norm_weight, self.norm_bias)
-        return functional.linear(functional.gelu(normed), self.decode) + self.offset
+        with torch.autocast(hidden.device.type, enabled=False):
+            mixed = functional.linear(hidden.float(), self.enter) + self.mean
+            normed = functional.layer_norm(mixed, mixed.shape[-1:], self.norm_weight, self.norm_bias)
+            return functional.linear(functional.gelu(normed), self.decode) + self.offset
 
 
 def narrow_attention(attention: Any, modules: dict[str, str], head: int, settings: dict[str, Any]) -> None:

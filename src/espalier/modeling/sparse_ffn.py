@@ -178,7 +178,8 @@ class SparseFFN(nn.Module):
             if count:
                 tokens = chosen[:, unit].nonzero()[:, 0]
                 weight = weights[tokens, unit].unsqueeze(1)
-                output.index_add_(0, tokens, self._unit(hidden[tokens], weight, tuple(self.units[unit])))
+                found = self._unit(hidden[tokens], weight, tuple(self.units[unit]))
+                output.index_add_(0, tokens, found.to(output.dtype))  # autocast has other ideas of it
         return output
 
     def _unit(self, hidden: Tensor, weight: Tensor, segments: tuple[int, ...]) -> Tensor:

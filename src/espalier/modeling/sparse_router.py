@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 class Router(nn.Module):
-    """Scores the units of a FFN for each token and returns their weights; computes in float32.
+    """Scores the units of a FFN for each token and returns their weights; computes in float32, under autocast too.
 
     `straight_through` (training): a unit that does not run still has the gradient of its gate (DSMoE, eq. 10).
     `gates` keeps those of the last call, [T, U], with their gradient: what DSMoE's loss makes small.
@@ -54,7 +54,10 @@ class Router(nn.Module):
 
     def scores(self, hidden: Tensor, activation: Any) -> Tensor:
         """Return the units' scores, float32 [T, U]."""
-        x = hidden.float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._scores(hidden.float(), activation)
+
+    def _scores(self, x: Tensor, activation: Any) -> Tensor:
         if self.normalise:
             x = functional.normalize(x, dim=-1)
         if self.kind == "linear":
