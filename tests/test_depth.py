@@ -10,7 +10,7 @@ from dense_models import FAMILIES as DENSE
 from dense_models import made_once
 from depth_plans import KINDS, depth_plan, token_by_token
 from espalier.checkpoints.checkpoint import Checkpoint
-from espalier.modeling.routed_depth import Call
+from espalier.modeling.routed_depth import Call, largest
 from espalier.surgery.apply import apply
 from espalier.surgery.prove import prove
 from tiny import FAMILIES as EXPERTS
@@ -251,6 +251,18 @@ def test_projections_may_give_another_dtype_than_the_states_have(kind, routed):
     set_backend(model, "masked")
     expected = logits(model, use_cache=False)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_layer_may_lie_on_another_device_than_the_mask(routed):
+    """On a second GPU, say: fake tensors know which devices do not go together."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    router, call = load(routed("llama", "random")[0]).model.layers[0].depth_router, Call()
+    with torch.no_grad(), FakeTensorMode():
+        call.real, call.positions = torch.ones(3, 10).bool(), torch.ones(3, 10).long()
+        assert router(torch.empty(3, 10, 32, device="cuda"), call)[0].device.type == "cuda"
+    assert largest(torch.empty(3, 10, device="meta"), torch.ones(3, 10).bool(), 0.5).device.type == "meta"
 
 
 def test_a_layer_caches_the_tokens_that_entered_and_no_others(routed):

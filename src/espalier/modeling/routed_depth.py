@@ -65,7 +65,7 @@ class DepthRouter(nn.Module):
                 self.gates = (functional.linear(states, weight[None])[..., 0] + bias).sigmoid()
             kept = self._kept(states, call)
         if call.real is not None:
-            kept = kept & call.real
+            kept = kept & call.real.to(kept.device)  # the layer may lie on another device than the first one
         self.kept = kept
         factor = self.gates if self.weights == "gate" else None
         if self.straight_through and self.gates is not None:
@@ -75,7 +75,7 @@ class DepthRouter(nn.Module):
 
     def _kept(self, states: Tensor, call: "Call") -> Tensor:
         if self.rule == "random":
-            chance: Tensor = drawn(call.positions, self.number, self.seed) < self.capacity
+            chance: Tensor = drawn(call.positions.to(states.device), self.number, self.seed) < self.capacity
             return chance
         if self.rule == "drop":
             return torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
@@ -99,8 +99,7 @@ class DepthRouter(nn.Module):
 
 def largest(gates: Tensor, real: Tensor | None, capacity: float) -> Tensor:
     """Return which tokens of each sequence have its largest gates [B, L]: the share `capacity` of the real ones."""
-    if real is None:
-        real = torch.ones_like(gates, dtype=torch.bool)
+    real = torch.ones_like(gates, dtype=torch.bool) if real is None else real.to(gates.device)
     most = (real.sum(dim=1, keepdim=True) * capacity).round().clamp(min=1)
     ranked = gates.masked_fill(~real, -1.0).argsort(dim=1, descending=True, stable=True)
     place = torch.arange(gates.shape[1], device=gates.device).expand_as(ranked)
