@@ -16,7 +16,8 @@ T and b stay as they are. Every token draws its own noise while this is learnt (
 afterwards: an exported expert has the neurons that the noise would leave on more often than not, those of
 W_d GELU(LN(v)) + b + m > 0 with m = -log log 2 the median of g, and the router takes its largest score. (The authors'
 code draws at export and inference too, and there multiplies the output of attention by the query's mask of values,
-which it does not learn with.) The loss is, with coefficients of their command for LLaMA-2-7B,
+which it does not learn with. Its AdamW has betas 0.9 and 0.999 and lets vectors decay; ours has 0.9 and 0.95, and does
+not.) The loss is, with coefficients of their command for LLaMA-2-7B,
 
     2 KD + 16 log(max(rho, p) / min(rho, p)) + 3 U + B
 
