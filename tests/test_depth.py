@@ -240,6 +240,20 @@ def test_under_autocast_routers_compute_in_float32(kind, routed):
     assert (predicted is None and router.predicted is None) or torch.equal(router.predicted, predicted)
 
 
+@pytest.mark.parametrize("kind", ["threshold", "top_k", "predictor"])
+def test_cast_as_a_whole_routers_compute_in_float32(kind, routed):
+    """As model.half() casts them; a checkpoint that is loaded in half precision keeps them in float32."""
+    model = load(routed("llama", kind)[0])
+    router, call, states = model.model.layers[0].depth_router, Call(), torch.randn(3, 50, 32)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(parameter.bfloat16())
+        kept = router(states, call)[0]
+        model.bfloat16()
+        assert torch.equal(router(states, call)[0], kept)
+    assert torch.isfinite(logits(model)).all()
+
+
 @pytest.mark.parametrize("kind", ["threshold", "threshold_attention", "threshold_ffn", "all_keys"])
 def test_projections_may_give_another_dtype_than_the_states_have(kind, routed):
     """As under CUDA's autocast, which leaves copying by index alone."""

@@ -124,6 +124,16 @@ def test_masks_stay_in_float32(models, tmp_path):
     attention = model.model.layers[0].self_attn.v_proj
     assert (attention.weight.dtype, attention.router.decode.dtype) == (torch.bfloat16, torch.float32)
     assert torch.isfinite(logits(model)).all()
+    # Cast as a whole afterwards their weights are rounded; they still compute in float32.
+    hidden, router = torch.randn(7, HIDDEN), attention.router
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(parameter.bfloat16())
+        expected = router(hidden)
+        model.bfloat16()
+        assert router.decode.dtype == torch.bfloat16
+        assert torch.equal(router(hidden), expected)
+    assert torch.isfinite(logits(model)).all()
 
 
 @pytest.mark.parametrize(("head", "rotary"), [(8, 8), (8, 4), (16, 8), (10, 6)])

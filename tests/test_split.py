@@ -231,6 +231,22 @@ def test_under_autocast_routers_compute_in_float32_and_the_rest_does_not(kind, m
         torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["dsmoe", "tomoe", "mlp", "cmoe", "analytic"])
+def test_cast_as_a_whole_a_router_computes_in_float32_with_rounded_weights(kind):
+    """As model.half() casts it; a checkpoint that is loaded in half precision keeps its routers in float32."""
+    cast, rounded = make_ffn(kind).eval().bfloat16(), make_ffn(kind).eval()
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.bfloat16())
+    hidden = torch.randn(40, 32).bfloat16()
+    with torch.no_grad():
+        weights = rounded.router(hidden, rounded._activation)
+        assert torch.equal(cast.router(hidden, cast._activation), weights)
+        expected = rounded(hidden.float())
+        for cast.backend in ("masked", "grouped"):
+            torch.testing.assert_close(cast(hidden).float(), expected, rtol=0, atol=0.03 * float(expected.abs().max()))
+
+
 def test_grouping_is_left_where_it_would_take_longer(monkeypatch):
     ffn, calls = make_ffn("dsmoe", threshold=0.5).eval(), []
     monkeypatch.setattr(ffn, "_masked", lambda hidden, weights: calls.append(len(hidden)) or hidden)

@@ -61,7 +61,7 @@ class DepthRouter(nn.Module):
         self.gates = self.predicted = None
         with torch.autocast(states.device.type, enabled=False):
             if "weight" in self._parameters:
-                weight, bias = self.get_parameter("weight"), self.get_parameter("bias")
+                weight, bias = self._own("weight"), self._own("bias")
                 self.gates = (functional.linear(states, weight[None])[..., 0] + bias).sigmoid()
             kept = self._kept(states, call)
         if call.real is not None:
@@ -72,6 +72,10 @@ class DepthRouter(nn.Module):
             passed = kept.float() + (self.gates - self.gates.detach())  # kept, with the gradient of the gate
             factor = passed if factor is None else passed * factor
         return kept, factor
+
+    def _own(self, role: str) -> Tensor:
+        """Return the parameter of this role in float32, also of a model that was cast as a whole (model.half())."""
+        return self.get_parameter(role).float()
 
     def _kept(self, states: Tensor, call: "Call") -> Tensor:
         if self.rule == "random":
@@ -88,9 +92,9 @@ class DepthRouter(nn.Module):
         if self.rule == "top_k" and not call.continued:
             best = largest(gates.detach(), call.real, self.capacity)
         if best is None or self.predict:
-            first, second = self.get_parameter("first"), self.get_parameter("second")
+            first, second = self._own("first"), self._own("second")
             middle = functional.silu(functional.linear(states.detach(), first))  # its loss is to change nothing else
-            self.predicted = functional.linear(middle, second[None])[..., 0] + self.get_parameter("offset")
+            self.predicted = functional.linear(middle, second[None])[..., 0] + self._own("offset")
         if best is not None:
             return best
         assert self.predicted is not None

@@ -73,9 +73,10 @@ class ValueRouter(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [..., h] of `hidden` [..., D]."""
         with torch.autocast(hidden.device.type, enabled=False):
-            mixed = functional.linear(hidden.float(), self.enter) + self.mean
-            normed = functional.layer_norm(mixed, mixed.shape[-1:], self.norm_weight, self.norm_bias)
-            return functional.linear(functional.gelu(normed), self.decode) + self.offset
+            # A model that was cast as a whole (model.half()) has these in that dtype.
+            mixed = functional.linear(hidden.float(), self.enter.float()) + self.mean
+            normed = functional.layer_norm(mixed, mixed.shape[-1:], self.norm_weight.float(), self.norm_bias.float())
+            return functional.linear(functional.gelu(normed), self.decode.float()) + self.offset
 
 
 def narrow_attention(attention: Any, modules: dict[str, str], head: int, settings: dict[str, Any]) -> None:

@@ -58,16 +58,17 @@ class Router(nn.Module):
             return self._scores(hidden.float(), activation)
 
     def _scores(self, x: Tensor, activation: Any) -> Tensor:
+        # A model that was cast as a whole (model.half()) has its routers' weights in that dtype.
+        own = {role: parameter.float() for role, parameter in self._parameters.items() if parameter is not None}
         if self.normalise:
             x = functional.normalize(x, dim=-1)
         if self.kind == "linear":
-            return functional.linear(x, self.own("weight"), self.own("bias") if self.has("bias") else None)
+            return functional.linear(x, own["weight"], own.get("bias"))
         if self.kind == "mlp":
-            return functional.linear(functional.linear(x, self.own("first")).tanh(), self.own("second"))
-        offset = self.own("offset") if self.has("offset") else None
-        found: Tensor = activation(functional.linear(x, self.own("gate"), offset))
-        if self.has("up"):
-            found = found * functional.linear(x, self.own("up"))
+            return functional.linear(functional.linear(x, own["first"]).tanh(), own["second"])
+        found: Tensor = activation(functional.linear(x, own["gate"], own.get("offset")))
+        if "up" in own:
+            found = found * functional.linear(x, own["up"])
         return found.abs().softmax(dim=-1)
 
     def forward(self, hidden: Tensor, activation: Any) -> Tensor:
