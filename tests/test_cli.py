@@ -275,7 +275,7 @@ def store(tmp_path):
 def test_show(store, capsys):
     store, plans, nodes = store
     id = plans["reap new"]
-    write_json(store.root / f"plans/{id}.run.json", {"seconds": 1.5, "commit": "f" * 40})
+    write_json(store.root / f"plans/{id}.run.json", {"format": "espalier.run/1", "seconds": 1.5, "commit": "f" * 40})
     code, out, _ = main(capsys, "show", id[:6], "--results", store.root)
     assert code == 0
     assert f"plan {id}  reap new" in out
@@ -437,4 +437,4 @@ def test_a_run_record_needs_no_git(tmp_path, monkeypatch):
         (tmp_path / "plan.json").write_text("{}")
     record = json.loads((tmp_path / "plan.run.json").read_text())
     assert record["commit"] is record["dirty"] is None
-    assert doctor._project().status != "missing"
+    assert doctor._project().state != "missing"

@@ -113,7 +113,8 @@ def test_too_little_memory_keeps_what_is_finished(number, given, uninterrupted, 
 
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         compress(*given, out, progress=progress)
-    assert names_around(tmp_path) == [".out.work"]
+    written = [".out.partial"] if number == len(STEPS) - 1 else []  # the last step writes `out` itself
+    assert names_around(tmp_path) == [*written, ".out.work"]
     compress(*given, out, progress=lambda what, *part: heard.setdefault(what, []).append(part))
     assert [step for step in STEPS if step in heard] == STEPS[number:]
     done, total = heard[STEPS[number]][0]

@@ -73,7 +73,7 @@ def three(tmp_path):
         path = store.path(node.id)
         path.parent.mkdir(exist_ok=True)
         if node.stage == "fetch":
-            write_json(path, {"path": str(tmp_path)})
+            write_json(path, {"format": "espalier.model/1", "path": str(tmp_path)})
         else:
             path.write_bytes(b"0" * 1000)
     for name in ("kept", "dead"):

@@ -12,7 +12,7 @@ from espalier.artefacts.store import Store
 from espalier.machine.hardware import Hardware
 from espalier.workflow.job_requests import Requests
 
-RESULTS = config["results"]
+RESULTS = str(config["results"])  # a folder called 2026 is a number by now
 STORE = Store(RESULTS)
 RUN = {}  # the settings of the run, in the main process; and what its jobs ask for
 

@@ -170,10 +170,14 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{directory}: cannot load a tokenizer ({reason}). Put its tokenizer.json there.") from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made of nothing, for some families (Qwen, OLMoE)
+        reason = "the files give one without a vocabulary"
+        raise UserError(f"{directory}: cannot load a tokenizer ({reason}). Put its tokenizer.json there.")
+    return tokenizer
 
 
 def _files(calibration: dict[str, Any], where: str) -> dict[str, Path]:

@@ -59,11 +59,12 @@ class DepthRouter(nn.Module):
         """Return which of the tokens `states` [B, L, D] enter, bool [B, L], and what multiplies what they get."""
         states = states.float()
         self.gates = self.predicted = None
+        # A model that was cast as a whole (model.half()) has them in that dtype.
+        own = {role: parameter.float() for role, parameter in self._parameters.items() if parameter is not None}
         with torch.autocast(states.device.type, enabled=False):
-            if "weight" in self._parameters:
-                weight, bias = self._own("weight"), self._own("bias")
-                self.gates = (functional.linear(states, weight[None])[..., 0] + bias).sigmoid()
-            kept = self._kept(states, call)
+            if "weight" in own:
+                self.gates = (functional.linear(states, own["weight"][None])[..., 0] + own["bias"]).sigmoid()
+            kept = self._kept(states, call, own)
         if call.real is not None:
             kept = kept & call.real.to(kept.device)  # the layer may lie on another device than the first one
         self.kept = kept
@@ -73,11 +74,7 @@ class DepthRouter(nn.Module):
             factor = passed if factor is None else passed * factor
         return kept, factor
 
-    def _own(self, role: str) -> Tensor:
-        """Return the parameter of this role in float32, also of a model that was cast as a whole (model.half())."""
-        return self.get_parameter(role).float()
-
-    def _kept(self, states: Tensor, call: "Call") -> Tensor:
+    def _kept(self, states: Tensor, call: "Call", own: dict[str, Tensor]) -> Tensor:
         if self.rule == "random":
             chance: Tensor = drawn(call.positions.to(states.device), self.number, self.seed) < self.capacity
             return chance
@@ -92,9 +89,8 @@ class DepthRouter(nn.Module):
         if self.rule == "top_k" and not call.continued:
             best = largest(gates.detach(), call.real, self.capacity)
         if best is None or self.predict:
-            first, second = self._own("first"), self._own("second")
-            middle = functional.silu(functional.linear(states.detach(), first))  # its loss is to change nothing else
-            self.predicted = functional.linear(middle, second[None])[..., 0] + self._own("offset")
+            middle = functional.silu(functional.linear(states.detach(), own["first"]))  # its loss changes nothing else
+            self.predicted = functional.linear(middle, own["second"][None])[..., 0] + own["offset"]
         if best is not None:
             return best
         assert self.predicted is not None
