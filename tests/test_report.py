@@ -162,7 +162,9 @@ def test_the_sections_of_other_renderings_are_shown_too(tmp_path: Path) -> None:
     pair = {"model": "a", "share": 0.5, "measure": "perplexity", "first": "hc_smoe 33 %", "second": "reap 33 %"}
     pair |= {"value": 0.8, "low": 0.75, "high": 0.9, "p": 1e-4, "p_holm": 2e-4, "better": "hc_smoe 33 %"}
     said = {"not_reproduction": ["A small run: not a reproduction of it."], "pairs": [pair]}
-    text = " ".join(read(write(tmp_path / "r.html", replace(content, table=content.table | said))).text)
+    path = write(tmp_path / "r.html", replace(content, table=content.table | said))
+    text = " ".join(read(path).text)
+    assert '<figure class="table sortable prose"><figcaption>Methods in pairs.' in path.read_text()  # its lists wrap
     for shown in (
         "A small run: not a reproduction of it.",
         "Methods in pairs.",

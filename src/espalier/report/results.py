@@ -23,7 +23,8 @@ def measured(document: Document, anchors: Mapping[str, str]) -> Section:
     )
     for title, (header, rows), said in renderings.sections(document):
         own = links if title == renderings.BY_TASK else ()
-        parts.append(table(header, rows, " ".join([f"{title}.", *said]), links=own, sortable=True))
+        prose = title == renderings.IN_PAIRS
+        parts.append(table(header, rows, " ".join([f"{title}.", *said]), links=own, sortable=True, prose=prose))
     return Section("results", "Results", "\n".join(parts))
 
 

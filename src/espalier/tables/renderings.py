@@ -28,6 +28,7 @@ from espalier.tables.markup import (
 Document = Mapping[str, Any]
 Rows = tuple[list[str], list[list[str]]]
 BY_TASK = "By task"  # the section that every table has
+IN_PAIRS = "Methods in pairs"  # whose cells are lists of names
 
 
 def sections(table: Document) -> Iterator[tuple[str, Rows, list[str]]]:
@@ -38,7 +39,7 @@ def sections(table: Document) -> Iterator[tuple[str, Rows, list[str]]]:
         yield f"Beside published numbers ({table['compare']})", published, published_legend(table)
     paired = pair_rows(table)
     if paired[1]:
-        yield "Methods in pairs", paired, [PAIRED]
+        yield IN_PAIRS, paired, [PAIRED]
 
 
 def title(table: Document) -> str:
