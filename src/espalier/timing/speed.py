@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.costs.estimate import forward_flops
 from espalier.costs.sizes import Sizes, sizes_of_directory
 from espalier.errors import UserError
+from espalier.inputs.tokens import load_tokenizer
 from espalier.inputs.windows import held_out
 from espalier.models.active import count_parameters
 from espalier.models.running import Running
@@ -98,7 +98,7 @@ def _summary(seconds: list[list[float]], ideal: float) -> Document:
 
 def _text(directory: Path, timing: Timing, vocabulary: int) -> Tensor:
     """Return a sequence for each round and one more, int64 [rounds + 1, prompt + new]."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     length = timing.prompt + timing.new
     ids: list[int] = []
     for _, text in held_out(timing.domain, f"speed.domain={timing.domain}"):
