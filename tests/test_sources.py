@@ -7,8 +7,10 @@ import shutil
 import pytest
 
 from espalier import conf
+from espalier.artefacts.store import Store
 from espalier.errors import UserError
 from espalier.inputs import hub, sources
+from espalier.workflow.graph import expand
 from stub_hub import StubHub
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -283,3 +285,22 @@ def test_a_task_of_ones_own_is_its_yaml_and_the_data_that_it_names(tmp_path, mon
     (folder / "maths_choice.yaml").write_text("task: maths_choice")
     with pytest.raises(UserError, match=r"the package has a task 'maths_choice'. Give yours another name"):
         sources.task_revision("maths_choice")
+
+
+def test_a_misspelt_task_is_told_when_the_experiment_is_read(tmp_path, monkeypatch):
+    class Index:  # of lm-eval's 14,000 files, which takes 10 s
+        all_tasks = ("arc_challenge", "boolq", "named in a list")
+
+        def __init__(self, include_defaults: bool) -> None:
+            assert include_defaults
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Index)
+    with pytest.raises(UserError, match=r"task 'arc_chalenge' is neither .* did you mean arc_challenge"):
+        expand("demo", ["evaluation.tasks=[arc_chalenge]"], Store(tmp_path, dry=True))
+    assert sources.task_revision("named in a list").startswith("lm_eval==")
+
+
+def test_names_of_lm_evals_tasks_are_found_without_its_index(monkeypatch):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", None)
+    for name in ("arc_challenge", "mmlu", "mmlu_abstract_algebra", "wikitext", "openbookqa", "rte", "gsm8k", "piqa"):
+        assert sources.task_revision(name).startswith("lm_eval=="), name

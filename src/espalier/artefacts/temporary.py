@@ -10,12 +10,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from espalier.artefacts.store import Node, Store
+from espalier.artefacts.store import Node, Store, run_record_path
 from espalier.errors import InterruptedWork, UserError
 
 Document = dict[str, Any]
 
 PREFIX, LOCK = "espalier-checkpoint-", "lock"
+SHOWING = ("table", "report")  # stages that only show what others made
 
 
 def only_scored(nodes: Iterable[Node]) -> list[str]:
@@ -40,10 +41,24 @@ def made_by(job: Document, store: Store, temporary: Collection[str]) -> Document
 
 
 def inputs(job: Document, store: Store, temporary: Collection[str]) -> list[Path]:
-    """Return the artefacts that `job` reads: its parents, of a checkpoint that it makes itself what that is made of."""
+    """Return the artefacts that `job` reads: its parents, of a checkpoint that it makes itself what that is made of.
+
+    Tables and reports do without the plans and statistics of imported results, of which the records alone are here.
+    """
     made = made_by(job, store, temporary)
     ids = job["parents"] if made is None else [*made["parents"], *(id for id in job["parents"] if id != made["id"])]
+    if job["stage"] in SHOWING:
+        ids = [id for id in ids if not _dispensable(store.read_node(id), store)]
     return list(dict.fromkeys(map(store.path, ids)))
+
+
+def _dispensable(node: Document, store: Store) -> bool:
+    return node["stage"] in ("plan", "probe") and elsewhere(store.path(node))
+
+
+def elsewhere(artefact: Path) -> bool:
+    """Whether `artefact` is not here, but the record of how it was made: it came with imported results."""
+    return not artefact.exists() and run_record_path(artefact).exists()
 
 
 @contextlib.contextmanager

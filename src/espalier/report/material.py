@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from espalier import methods
 from espalier.artefacts.store import MODELS, Store, read_json
+from espalier.artefacts.temporary import elsewhere
 from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.checkpoints.shape import DenseShape, ModelShape
 from espalier.collecting.stats import Stats
@@ -35,7 +36,7 @@ LINES = 48  # of the table, of which decisions, trainings and skipping are shown
 
 @dataclass(frozen=True)
 class Line:
-    """What is known of a line of the table beside its numbers, of its first seed.
+    """What is known of a line of the table beside its numbers, of its first seed, or the first whose plan is here.
 
     `plans` in the order in which they were carried out; `active` what its scores measured of what a token runs;
     `distances` [E, E] by layer, by which experts were grouped; `curves` of what was trained for it.
@@ -68,7 +69,7 @@ class Material:
 
     `stats` hold the probe `usage`; `kernels` are documents `espalier.kernel_speed/2` by the label of their row; `shape`
     is that of the uncompressed model, None if it is gone; `words` are the texts of the tokens that `Line.skipping`
-    names; `command` made the table.
+    names; `command` made the table; `imported` are the labels of lines whose plans are not here, but their results.
     """
 
     table: Document
@@ -79,6 +80,7 @@ class Material:
     words: Mapping[int, str] = field(default_factory=dict)
     command: str = ""
     made: tuple[Made, ...] = ()
+    imported: tuple[str, ...] = ()
 
 
 def gather(node: Document, store: Store) -> Material:
@@ -90,22 +92,24 @@ def gather(node: Document, store: Store) -> Material:
     parents = [store.read_node(id) for id in node["parents"]]
     table_node = next(parent for parent in parents if parent["stage"] == "table")
     rows, how = table_node["config"]["rows"], node["config"].get("_run", {})
-    first: dict[str, Document] = {}
+    seeds: dict[str, list[Document]] = {}
     for row in rows:
-        first.setdefault(row["label"], row)
-    lines = tuple(own.line(label, row) for label, row in list(first.items())[:LINES])
+        seeds.setdefault(row["label"], []).append(row)
+    lines = tuple(own.line(label, min(seeds[label], key=own.lacks_plan)) for label in list(seeds)[:LINES])
     paths = {row["label"]: store.path(store.read_node(row["kernels"])) for row in rows if "kernels" in row}
+    probed = [store.path(parent) for parent in parents if parent["stage"] == "probe"]
     experiment = node["config"]["experiment"]
     origin = store.origin(store.read_node(rows[0]["weights"]))
     return Material(
         table=load_table(store.path(table_node)),
         lines=lines,
-        stats=[Stats.load(store.path(p), probes=("usage",)) for p in parents if p["stage"] == "probe"],
+        stats=[Stats.load(path, probes=("usage",)) for path in probed if not elsewhere(path)],
         kernels={label: read_json(path, "espalier.kernel_speed/2") for label, path in paths.items()},
         shape=own.shape(origin),
         words=own.words(origin, lines),
         command=run_command(experiment, how, store.root),
         made=own.made(table_node["config"], how),
+        imported=tuple(own.imported),
     )
 
 
@@ -114,7 +118,12 @@ class _Gatherer:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.imported: list[str] = []  # labels of lines without their plans
         self._stats = lru_cache(maxsize=4)(lambda paths, probes: Stats.load(*paths, probes=probes))
+
+    def lacks_plan(self, row: Document) -> bool:
+        """Whether a row's plan came with imported results, which leave plans where they were made."""
+        return bool(row["plan"]) and elsewhere(self.store.path(self.store.read_node(row["plan"])))
 
     def line(self, label: str, row: Document) -> Line:
         """Return what is known of a row of the table's configuration."""
@@ -125,8 +134,12 @@ class _Gatherer:
                 trained += curves.of_tuning(self.store.path(node), label)
             if node["stage"] == "apply":
                 plan_node = self.store.parent(node, "plan")
+                path = self.store.path(plan_node)
+                if elsewhere(path):
+                    self.imported.append(label)
+                    return Line(label, active=self._active(row))
                 plan_nodes.append(plan_node)
-                plans.append(Plan.load(self.store.path(plan_node)))
+                plans.append(Plan.load(path))
                 learnt = [curves.of_fit(self.store.path(fit), label) for fit in self.store.parents(plan_node, "fit")]
                 trained += [curve for curve in learnt if curve is not None]
             node = self.store.parent(node, *MODELS)

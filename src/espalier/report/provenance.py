@@ -26,6 +26,9 @@ def whole(material: Material) -> Section:
     model = document["model"]
     rows = [["command", material.command or f"espalier run {document['experiment']}"]]
     rows.append(["model", f"{model['id']}, revision {model['revision'] or 'unknown'}"])
+    if material.imported:
+        left = "their plans are elsewhere, so that no map of them is drawn"
+        rows.append(["imported results", f"{', '.join(material.imported)}: {left}"])
     calibrations = dict.fromkeys(line["calibration"] for line in document["summary"] if line["calibration"])
     rows += [["calibration", name] for name in calibrations]
     for facts in document["runs"]:

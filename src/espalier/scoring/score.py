@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from espalier import conf
 from espalier.artefacts.store import read_json
 from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.collecting.collect import check_weights, naming_file
 from espalier.errors import UserError, nearest
 from espalier.inputs.assets import text_directory
+from espalier.inputs.library_tasks import check_indexed
 from espalier.inputs.sources import task_revision
 from espalier.inputs.tokens import load_tokenizer
 from espalier.inputs.windows import cut_documents, held_out, padded
@@ -295,10 +295,8 @@ def _load(name: str, shots: int | None = None) -> Document:
 
     own = name in task_names() or is_own(name)
     manager = TaskManager(include_defaults=not own)
-    if not own and name not in manager.all_tasks:
-        known = [*task_names(), *conf.names("task"), *manager.all_tasks]
-        hint = nearest(name, known).split("known:")[0].strip() or "`lm_eval ls tasks` prints the names."
-        raise UserError(f"evaluation: task {name!r} is neither embedded nor lm-eval's nor in conf/task; {hint}")
+    if not own:
+        check_indexed(name, manager.all_tasks)
     try:
         loaded: Document = manager.load(task_configs([name]) if own else [name])
     except (ConnectionError, FileNotFoundError) as error:
