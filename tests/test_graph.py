@@ -220,6 +220,13 @@ def test_a_path_is_a_calibration(tmp_path, monkeypatch):
         (["{}"], ["+evaluation.num_fewshots=5"], "unknown key 'num_fewshots'; did you mean num_fewshot"),
         (["{}"], ["+evaluation.fewshot={maths_choice: 1.5}"], "fewshot=1.5, expected a whole number >= 0"),
         (["{}"], ["runtime.score_batch_size=0"], "conf/runtime: score_batch_size=0, expected a whole number >= 1"),
+        (["{}"], ["runtime.device=cudda:1"], "conf/runtime: device='cudda:1'; did you mean cuda?"),
+        (["{}"], ["model.dtype=float31"], "model.dtype=float31; did you mean float32?"),
+        (
+            ["{method: reap, method.ratio: 0.5}"],
+            ["calibration.length=0"],
+            "embedded.yaml: length=0, expected a whole number",
+        ),
         (["{}"], ["runtime.apply_workers=many"], "apply_workers='many', expected a whole number"),
         (["{}"], ["compare={table: Table 2}"], "compare: key 'file' has no value"),
         (["{}"], ["compare={file: paper/naee.csv, table: Table 99}"], "no table 'Table 99'; it has Table 1"),

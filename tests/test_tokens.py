@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from espalier import conf
 from espalier.errors import UserError
 from espalier.inputs import tokens
+from espalier.inputs.calibration_settings import check_calibration
 from tiny import save_tokenizer
 
 EOS = 2
@@ -329,7 +330,7 @@ def test_another_artefact_is_no_token_file(tmp_path):
 def test_every_shipped_calibration_has_valid_keys(name):
     calibration = conf.load("calibration", name)
     assert calibration["name"] == name
-    tokens._check_keys(calibration, name)
+    check_calibration(calibration)
 
 
 def test_the_shipped_texts_give_what_the_calibration_says(plain):

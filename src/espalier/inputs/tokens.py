@@ -21,11 +21,10 @@ from espalier.artefacts.store import atomic_file, stable_header
 from espalier.errors import UserError, nearest
 from espalier.inputs import hub
 from espalier.inputs.assets import text_directory
+from espalier.inputs.calibration_settings import HUB_KEYS, check_calibration
 from espalier.inputs.windows import cut_documents, held_out, padded
 
 FORMAT = "espalier.tokens/1"
-KEYS = ("name", "source", "domains", "samples", "length", "seed", "draw", "path", "text", "shards")
-HUB_KEYS = ("id", "revision", "file")
 TOKEN_FILES = (".safetensors", ".npz")
 DOCUMENTS_PER_SAMPLE = 16  # of `draw: documents`
 DOCUMENTS_PER_PACK = 1000  # the default batch of `datasets.Dataset.map`, whose remainder the recipe drops
@@ -44,7 +43,7 @@ def make_tokens(calibration: dict[str, Any], directory: Path) -> tuple[Ids, Mask
     blocks than `samples`, a `length` beyond the tokenizer's limit, a hub data set without a pinned commit.
     """
     where = f"conf/calibration/{calibration.get('name')}.yaml"
-    _check_keys(calibration, where)
+    check_calibration(calibration)
     if calibration["source"] == "file" and Path(str(calibration["path"])).suffix in TOKEN_FILES:
         return load_tokens(Path(calibration["path"]).expanduser(), None)
     length = calibration["length"]
@@ -138,31 +137,6 @@ def load_tokens(path: Path, vocab_size: int | None) -> tuple[Ids, Mask | None, F
             raise UserError(f"{path}: attention_mask leaves no token of sequence {empty[0]}. Remove that sequence.")
         mask = mask.astype(np.uint8)
     return ids.astype(np.int32), mask, facts
-
-
-def _check_keys(calibration: dict[str, Any], where: str) -> None:
-    known = [*KEYS, *HUB_KEYS]
-    for key in calibration:
-        if key not in known and key != "content" and not key.startswith("_"):
-            raise UserError(f"{where}: unknown key {key!r}; {nearest(key, known)}.")
-    if calibration.get("source") == "windows":  # made by the graph
-        return
-    needed = {"embedded": ("domains",), "file": ("path",), "hub": HUB_KEYS}
-    source = calibration.get("source")
-    if source not in needed:
-        raise UserError(f"{where}: source={source!r}; {nearest(str(source), list(needed))}.")
-    for key in ("samples", "length", "seed", *needed[source]):
-        if key not in calibration:
-            raise UserError(f"{where}: key {key!r} has no value. Give calibration.{key}=... .")
-    draw = calibration.get("draw", "blocks")
-    if draw not in ("blocks", "documents"):
-        raise UserError(f"{where}: draw={draw!r}; {nearest(str(draw), ['blocks', 'documents'])}.")
-    for key, least in (("samples", 1), ("length", 2), ("seed", 0)):
-        value = calibration[key]
-        if value is None and key == "samples" and draw == "blocks":
-            continue  # all blocks
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{where}: {key}={value}, expected a whole number >= {least}.")
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 WHERE = "conf/runtime"
 STREAM = ("auto", "always", "never")
 CHECKPOINTS = ("keep", "temporary")
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 COUNTS = ("collect_batch_size", "score_batch_size", "apply_workers")
 EXPERTS = ("auto", "eager", "grouped_mm", "batched_mm", "espalier")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -58,6 +59,9 @@ class Running:
         for key, allowed in (("stream", STREAM), ("experts", EXPERTS), ("checkpoints", CHECKPOINTS)):
             if values[key] not in allowed:
                 raise UserError(f"{WHERE}: {key}={values[key]!r}; {nearest(str(values[key]), list(allowed))}.")
+        if not re.fullmatch(rf"auto|({'|'.join(DEVICES)})(:\d+)?", str(values["device"])):
+            hint = nearest(str(values["device"]), ["auto", *DEVICES])
+            raise UserError(f"{WHERE}: device={values['device']!r}; {hint}, or with a number: cuda:1.")
         for key in COUNTS:
             if isinstance(values[key], bool) or not isinstance(values[key], int) or values[key] < 1:
                 raise UserError(f"{WHERE}: {key}={values[key]!r}, expected a whole number >= 1.")
@@ -85,6 +89,13 @@ class Running:
         if self.stream != "auto":
             return self.stream == "always"
         return exceeds(loaded_bytes(checkpoint, dtype), free_bytes(self.torch_device()))
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise UserError where models cannot compute in `dtype`, the value of model.dtype."""
+    known = ["auto", *DTYPE_BYTES]
+    if dtype not in known:
+        raise UserError(f"model.dtype={dtype}; {nearest(str(dtype), known)}.")
 
 
 def exceeds(loaded: float, free: float) -> bool:

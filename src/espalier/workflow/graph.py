@@ -11,7 +11,8 @@ from espalier.artefacts.temporary import only_scored
 from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.errors import UserError, nearest
 from espalier.inputs import sources
-from espalier.models.running import Running
+from espalier.inputs.calibration_settings import check_calibration
+from espalier.models.running import Running, check_dtype
 from espalier.scoring.score_settings import BY_TASK, check_evaluation
 from espalier.timing.kernel_settings import KernelBench
 from espalier.timing.speed_settings import Timing
@@ -172,6 +173,7 @@ class _Builder:
         several: the table has other models too, so that the model stands in the row's name.
         """
         model = config["model"]
+        check_dtype(model["dtype"])
         steps = [config[key] for key in ("method", "then") if config[key]["name"] != "none"]
         built = [methods.build(step) for step in steps]  # a bad key is told before anything runs
         label = row_label(config, point)
@@ -279,6 +281,7 @@ class _Builder:
         calibration = {name: value for name, value in calibration.items() if name != "shards"}
         key = canonical(calibration)
         if key not in self._calibration_revision:
+            check_calibration(calibration)
             self._calibration_revision[key] = sources.calibration_revision(calibration)
         return calibration | {"content": self._calibration_revision[key]}
 
