@@ -59,7 +59,7 @@ class Block:
         if self.language == "python":
             return self._file(".block.py") + "python .block.py\n"
         if self.mark.startswith("dry"):
-            return re.sub(r"^(espalier run [^#\n]*?)(\s*#.*)?$", r"\1 -n", self.text, flags=re.M)
+            return re.sub(r"^((?:\S+/)?espalier run [^#\n]*?)(\s*#.*)?$", r"\1 -n", self.text, flags=re.M)
         return self.text
 
     def _file(self, path: str) -> str:

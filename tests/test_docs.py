@@ -141,6 +141,8 @@ def test_a_failing_command_of_a_page_fails_the_walk(tmp_path):
         assert lines[-2] == "== docs/page.md:15"
     dry = doc_blocks.blocks("p", "<!-- dry: an hour -->\n```sh\nespalier run x seeds=[0]   # long\n```\n")[0]
     assert dry.script() == "espalier run x seeds=[0] -n\n"
+    dry = doc_blocks.blocks("p", "<!-- dry: a cluster -->\n```sh\n.venv/bin/espalier run x 'a=$B'\n```\n")[0]
+    assert dry.script() == ".venv/bin/espalier run x 'a=$B' -n\n"
     assert doc_blocks.blocks("p", "```yaml\n# conf/a/b.yaml\nx: 1\n```\n")[0].path == "conf/a/b.yaml"
 
 
