@@ -349,7 +349,7 @@ def calls(tmp_path, monkeypatch):
         shutil.copytree(conf.directory().parent / name, tmp_path / name)
     shutil.copy(conf.directory().parent / "Snakefile", tmp_path)
     (tmp_path / "conf/experiment/mine.yaml").write_text(
-        "# @package _global_\nmodel: {id: org/name}\ncalibration: {source: hub, id: a/b, revision: null}\n"
+        "# @package _global_\nmodel: {id: org/name}\ncalibration: {source: hub, id: a/b, revision: null, file: f}\n"
         "evaluation: {tasks: [hellaswag]}\nsweep: [{method: reap, method.ratio: [0.25, 0.5]}]\n"
     )
     monkeypatch.chdir(tmp_path)

@@ -365,7 +365,7 @@ def experiment(tmp_path, monkeypatch, *sweep):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf/experiment/mine.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /model: mixtral_8x7b\n"
-        "  - override /calibration: c4_32x2048\nevaluation: {tasks: [hellaswag, unheard_of], limit: 100}\nsweep:\n"
+        "  - override /calibration: c4_32x2048\nevaluation: {tasks: [hellaswag, wsc273], limit: 100}\nsweep:\n"
         + "".join(f"  - {line}\n" for line in sweep)
     )
 
@@ -390,7 +390,7 @@ def test_a_forecast_adds_up_and_writes_nothing(tmp_path, monkeypatch):
     )
     assert found.stages["apply"].cost.written == written
     assert found.stages["score"].cost.flops > 0
-    assert any("unheard_of" in line for line in found.unknown)
+    assert any("wsc273" in line for line in found.unknown)
     assert found.seconds == pytest.approx(sum(row.seconds for row in found.stages.values()))
 
 
