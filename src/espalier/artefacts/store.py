@@ -351,3 +351,8 @@ def run_record_path(artefact: Path) -> Path:
     """Return where the run record of `artefact` lies: beside it, `plan.json` -> `plan.run.json`."""
     stem = artefact.name.removesuffix(artefact.suffix) if artefact.suffix else artefact.name
     return artefact.with_name(f"{stem}.run.json")
+
+
+def elsewhere(artefact: Path) -> bool:
+    """Whether `artefact` is not here, but the record of how it was made: it came with imported results."""
+    return not artefact.exists() and run_record_path(artefact).exists()

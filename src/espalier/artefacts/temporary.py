@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from espalier.artefacts.store import Node, Store, run_record_path
+from espalier.artefacts.store import Node, Store, elsewhere
 from espalier.errors import InterruptedWork, UserError
 
 Document = dict[str, Any]
@@ -54,11 +54,6 @@ def inputs(job: Document, store: Store, temporary: Collection[str]) -> list[Path
 
 def _dispensable(node: Document, store: Store) -> bool:
     return node["stage"] in ("plan", "probe") and elsewhere(store.path(node))
-
-
-def elsewhere(artefact: Path) -> bool:
-    """Whether `artefact` is not here, but the record of how it was made: it came with imported results."""
-    return not artefact.exists() and run_record_path(artefact).exists()
 
 
 @contextlib.contextmanager

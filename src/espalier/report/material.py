@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier import methods
-from espalier.artefacts.store import MODELS, Store, read_json
-from espalier.artefacts.temporary import elsewhere
+from espalier.artefacts.store import MODELS, Store, elsewhere, read_json
 from espalier.checkpoints.checkpoint import Checkpoint
 from espalier.checkpoints.shape import DenseShape, ModelShape
 from espalier.collecting.stats import Stats
