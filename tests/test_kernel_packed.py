@@ -237,7 +237,7 @@ def test_the_plain_loop_where_rows_are_not_aligned(hidden, width, monkeypatch):
 def test_bucket_of_rows_are_compiled():
     rows = range(grouped.TOGETHER + 1)
     numbers = [sorted_rows.bucket(row) for row in rows]
-    assert len(set(numbers)) == 1 + 24
+    assert len(set(numbers)) == 1 + 29
     assert numbers == sorted(numbers)
     assert numbers[-1] == grouped.TOGETHER
     for row, number in zip(rows, numbers, strict=True):
