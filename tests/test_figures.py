@@ -209,3 +209,17 @@ def test_maps_show_only_lines_with_a_rule() -> None:
     assert figure.axes[0].images[0].get_array().tolist() == [[2.0, 1.4]]
     assert activity.experts_run(active, {"reap": (merge_plan(),)}) is None
     assert activity.tokens_entering(active, {"reap": (keep_plan(),)}) is None
+
+
+def test_titles_of_panels_tell_long_names_apart():
+    names = [f"moefication 50 % router=oracle blocks={blocks} split=contiguous" for blocks in (8, 32)]
+    for name in names:
+        lines = style.title(name, 28).splitlines()
+        assert " ".join(lines) == name
+        assert max(map(len, lines)) <= 28
+    assert style.title("full", 28) == "full"
+    longer = style.title("x" * 500, 28).splitlines()
+    assert len(longer) == style.TITLE_LINES
+    assert max(map(len, longer)) <= 28
+    assert style.title_inches(["full", *names], 28) == 2 * style.TITLE_LINE
+    assert style.title_inches(["full"], 28) == 0

@@ -58,7 +58,7 @@ def experts_run_shares(shares: Mapping[str, Mapping[int, Floats]]) -> Figure | N
         axes.set_xticks(named, [list(layers)[n] for n in named])
         axes.set_xlabel("layer")
         axes.set_ylabel("% of tokens")
-        axes.set_title(style.short(label, 36), loc="left")
+        axes.set_title(style.title(label, 36), loc="left")
     for axes in grid.flat[len(shares) :]:
         axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()

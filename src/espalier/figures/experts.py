@@ -93,7 +93,7 @@ def decisions(plans: Mapping[str, Sequence[Plan]], source_experts: int) -> Figur
             for (y, x), group in np.ndenumerate(matrix):
                 if group > 0:
                     axes.text(x, y, str(group), ha="center", va="center", fontsize=6.5, color=style.ON_TINT)
-        axes.set_title(style.short(label, 40), loc="left")
+        axes.set_title(style.title(label, 40), loc="left")
     for axes in grid.flat[len(found) :]:
         axes.set_visible(False)
     return figure

@@ -16,6 +16,7 @@ from espalier.plans.split import Split
 Document = Mapping[str, Any]
 Floats = NDArray[np.float64]
 ACROSS = 4
+TITLE = 26  # characters
 PARTS = (  # of an FFN's neurons, in the order in which they are stacked
     ("run for every token", style.COLOURS[0]),
     ("a token runs some", style.COLOURS[4]),
@@ -34,7 +35,8 @@ def neurons(plans: Mapping[str, Sequence[Plan]], active: Mapping[str, Document],
         return None
     across = min(ACROSS, len(found))
     down = -(-len(found) // across)
-    figure = style.new_figure(style.WIDTH * across / ACROSS + (0 if across > 1 else 1.5), 1.75 * down + 0.4)
+    high = 1.75 + style.title_inches(found, TITLE)
+    figure = style.new_figure(style.WIDTH * across / ACROSS + (0 if across > 1 else 1.5), high * down + 0.4)
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     for axes, (label, layers) in zip(grid.flat, found.items(), strict=False):
         shares = 100 * np.array([neuron_shares(op, width) for op in layers.values()])  # [layers, 3]
@@ -49,7 +51,7 @@ def neurons(plans: Mapping[str, Sequence[Plan]], active: Mapping[str, Document],
         )
         named = style.evenly(range(len(layers)), 8)
         axes.set_xticks(named, [list(layers)[n] for n in named])
-        axes.set_title(style.short(label, 28), loc="left")
+        axes.set_title(style.title(label, TITLE), loc="left")
         axes.set_ylim(0, 100)
     for axes in grid[:, 0]:
         axes.set_ylabel("% of neurons")
@@ -96,13 +98,14 @@ def expert_neurons(plans: Mapping[str, Sequence[Plan]], width: int) -> Figure | 
     across = min(ACROSS, len(found))
     down = -(-len(found) // across)
     tallest = max(len(layers) for layers, _ in found.values())
-    figure = style.new_figure(style.WIDTH * across / ACROSS + 0.8, down * min(4.5, 1.2 + 0.12 * tallest))
+    high = min(4.5, 1.2 + 0.12 * tallest) + style.title_inches(found, TITLE)
+    figure = style.new_figure(style.WIDTH * across / ACROSS + 0.8, down * high)
     grid = figure.subplots(down, across, squeeze=False)
     images = []
     for axes, (label, (layers, matrix)) in zip(grid.flat, found.items(), strict=False):
         images.append(axes.imshow(matrix, aspect="auto", cmap="YlGnBu", vmin=0, vmax=100, interpolation="nearest"))
         grid_axes(axes, layers, matrix.shape[1], labels=8)
-        axes.set_title(style.short(label, 28), loc="left")
+        axes.set_title(style.title(label, TITLE), loc="left")
     for axes in grid.flat[len(found) :]:
         axes.set_visible(False)
     figure.colorbar(images[0], ax=grid, pad=0.015, aspect=30).set_label("% of neurons")

@@ -56,6 +56,6 @@ def _panel(axes: Any, label: str, document: Document) -> None:
     style.logarithmic(axes.yaxis)
     axes.grid(True)
     axes.tick_params(labelbottom=True)  # also where the panel below is empty
-    axes.set_title(style.short(label, 40))
+    axes.set_title(style.title(label, 40))
     axes.set_xlabel(f"FLOPs a byte ({routing}, {cache})")
     axes.set_ylabel("GFLOP/s")

@@ -3,7 +3,8 @@
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,7 @@ WIDTH = 10.5  # inches
 ACROSS = 3  # panels in a row
 LEGEND_ROWS, LEGEND_COLUMNS = 16, 4  # of names beside the panels; below them
 LONGEST = 44  # characters of a name in a figure
+TITLE_LINES, TITLE_LINE = 3, 0.16  # of a panel's title, and inches of one
 
 Draw = TypeVar("Draw", bound=Callable[..., Any])
 
@@ -86,6 +88,19 @@ def short(name: str, longest: int = LONGEST) -> str:
     if len(name) <= longest:
         return name
     return f"{name[: longest - 16].rstrip()} … {name[-12:].lstrip()}"
+
+
+def title(name: str, across: int) -> str:
+    """Return a panel's title in at most three lines of so many characters: names often differ only in their middle."""
+    lines = textwrap.wrap(name, across)
+    if len(lines) > TITLE_LINES:
+        lines[TITLE_LINES - 1 :] = [short(" ".join(lines[TITLE_LINES - 1 :]), across)]
+    return "\n".join(lines)
+
+
+def title_inches(names: Iterable[str], across: int) -> float:
+    """Return what titles of more than one line add to a row of panels."""
+    return TITLE_LINE * max(title(name, across).count("\n") for name in names)
 
 
 def several(names: Sequence[str]) -> str:

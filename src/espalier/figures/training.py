@@ -68,7 +68,7 @@ def layerwise(curves: Mapping[str, Mapping[int, Curve]]) -> Figure | None:
             tint = matplotlib.colormaps["viridis"](0.15 + 0.75 * n / max(1, len(layers) - 1))
             x, y = smooth(np.array(curve.places), np.array(curve.terms["loss"]))
             axes.plot(x, y, color=tint, lw=1.4, label=str(layer))
-        axes.set_title(style.short(label, 34), loc="left")
+        axes.set_title(style.title(label, 34), loc="left")
         axes.set_xlabel(next(iter(layers.values())).unit)
         axes.grid(axis="y")
     for axes in grid[:: style.ACROSS]:
